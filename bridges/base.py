@@ -1,0 +1,76 @@
+"""The contract of a bridge: features of a frozen encoder in, what a frozen language model can read out."""
+
+import importlib
+import inspect
+import pkgutil
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Visual(NamedTuple):
+    """What a bridge makes of n images."""
+
+    slots: Float[Tensor, "n k d"]
+    """Fills the k text positions that each image takes; k may be 0 (pure cross-attention)."""
+    memory: Float[Tensor, "n m d"] | None = None
+    """Read by the bridge's blocks inside the language model."""
+
+
+class Bridge(nn.Module):
+    """All that trains. A subclass in `bridges/<name>.py` is a bridge called `<name>` in YAML; nothing else is needed.
+
+    Its constructor is its schema: `(vision_dim, num_patches, language_dim, num_layers, *, <options>)`.
+    A bridge knows neither text nor language model.
+    """
+
+    num_slots: int
+    blocks: nn.ModuleDict
+    """{"layer index": block that runs before that layer of the language model}; mostly empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict()
+
+    def match_scale(self, embedding_rms: float) -> None:
+        """Called once on a fresh bridge with the RMS of the language model's own token embeddings.
+
+        A bridge that fills slots may scale its last weights so that they start at the size the model is used to.
+        """
+
+    def forward(self, features: Float[Tensor, "n p v"]) -> Visual:
+        raise NotImplementedError
+
+
+def bridge_class(name: str) -> type[Bridge]:
+    """The one Bridge defined in `bridges/<name>.py`, or in the user's own module when the name has a dot.
+
+    Raises ValueError: no such module (the nearest name is given), or not exactly one Bridge in it.
+    """
+    module_name = name if "." in name else f"bridges.{name}"
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise  # the module exists and misses something of its own
+        near = get_close_matches(name, bridge_names(), n=1)
+        hint = (
+            f"did you mean {near[0]!r}?" if near else f"there are {', '.join(bridge_names())}; your own: package.module"
+        )
+        raise ValueError(f"no bridge named {name!r}: {hint}") from None
+    found = [
+        c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Bridge) and c.__module__ == module_name
+    ]
+    if len(found) != 1:
+        raise ValueError(f"{module_name} must define exactly one Bridge, it defines {len(found)}")
+    return found[0]
+
+
+def bridge_names() -> list[str]:
+    """The bridges that come with the library: every file beside this one that defines a Bridge."""
+    folder = Path(__file__).parent
+    files = [m.name for m in pkgutil.iter_modules([str(folder)]) if not m.ispkg]
+    return [name for name in files if "(Bridge)" in (folder / f"{name}.py").read_text()]

@@ -1,0 +1,191 @@
+"""A recipe: what one YAML file says. Plain dataclasses; reading them needs no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+
+@dataclass
+class Vision:
+    """The frozen encoder."""
+
+    name: str = "bundled:efficientnet-lite0"
+    """Hub name or folder of any encoder that AutoModel gives image features for, or `bundled:efficientnet-lite0`."""
+    layer: int = -1
+    """Which layer's features the bridge reads; LLaVA reads -2."""
+    keep_cls: bool = False
+    """Keep the CLS token beside the patches."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+
+@dataclass
+class Language:
+    """The frozen language model."""
+
+    name: str = "bundled:smollm2-135m-instruct"
+    """Hub name or folder of any causal language model, or `bundled:smollm2-135m-instruct`."""
+    template: str = "chat"
+    """`chat` (the tokenizer's own), `plain`, `vicuna0`, `vicuna`, or a Jinja text."""
+    system: str | None = None
+    """What the system turn says in training and in chat; by default what the template itself says."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+
+@dataclass
+class Data:
+    """What it learns from."""
+
+    source: str = "scenes"
+    """`scenes`, or a path: JSON lines of chats, LLaVA JSON, CSV or folder of pictures with captions."""
+    images: str | None = None
+    """Folder that the paths of pictures start from; by default the folder of the file."""
+    validation: str | None = None
+    """Path of held-out data in the same form; by default the last 5 % (at most 500 rows) of the source are held out."""
+    prompts: list[str] = field(default_factory=lambda: ["Describe the image."])
+    """Questions to captions that come without one; with the template `plain` rather [""]."""
+    size: int = 4000
+    """How many pictures of `scenes` there are."""
+    captions: int = 1
+    """Captions of a picture of `scenes`, all in one row."""
+    questions: int = 2
+    """Questions about a picture of `scenes`, all in one row."""
+    max_length: int = 1024
+    """A text longer than so many tokens is cut at its end."""
+
+
+@dataclass
+class Train:
+    """How it learns."""
+
+    steps: int = 1000
+    """Optimizer steps in all."""
+    batch: int = 32
+    """Examples a step, over all processes and micro-batches."""
+    micro_batch: int | None = None
+    """Examples a process computes at once; by default its whole share of the batch."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup: int = 30
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    clip: float = 1.0
+    """Greatest norm of the gradient."""
+    seed: int = 0
+    """Of the bridge's first weights and of the order of the data."""
+    evaluate_every: int = 100
+    """Steps between looks at the held-out loss."""
+    evaluate_size: int = 64
+    """Held-out examples of such a look."""
+    save_every: int = 500
+    """Steps between checkpoints; there is always one at the end."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    workers: int = 1
+    """Threads that prepare pictures ahead."""
+    tensorboard: bool = False
+    """Also write TensorBoard's event files (extra `[tensorboard]`)."""
+
+
+@dataclass
+class Recipe:
+    """One run, from towers to steps."""
+
+    output: str
+    """Folder of the checkpoint."""
+    vision: Vision = field(default_factory=Vision)
+    """The frozen encoder."""
+    language: Language = field(default_factory=Language)
+    """The frozen language model."""
+    bridge: dict[str, Any] = field(default_factory=lambda: {"name": "projector"})
+    """`name` of a file in bridges/ (or of your own module, with a dot) and its options."""
+    start: str | None = None
+    """Checkpoint whose bridge is the starting point."""
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+
+
+def recipe_parser() -> ArgumentParser:
+    """Every key of a recipe as a dotted option, with its type, default and meaning."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False, usage="%(prog)s [--train.steps 100 --bridge.depth 2 …]")
+    parser.add_class_arguments(Recipe)
+    return parser
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from its YAML and dotted overrides such as `--train.lr 1e-3`.
+
+    Raises ValueError: no such file, no YAML, an unknown key (the nearest one is named), a value of the wrong type.
+    """
+    path = Path(path)
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        raise ValueError(f"no recipe {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} is no recipe: it should hold keys such as output, bridge, train")
+    return recipe_from(given, overrides, source=str(path))
+
+
+def recipe_from(given: dict[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
+    """A recipe from what its YAML holds. Raises ValueError as `read_recipe` does."""
+    refuse_unknown(given, Recipe, source)
+    parser = recipe_parser()
+    try:
+        parser.set_defaults(given)
+        options = parser.parse_args(list(overrides))
+        found = parser.instantiate(options)
+    except (ArgumentError, KeyError, TypeError) as error:
+        raise ValueError(f"{source}: {explain(error, overrides)}") from error
+    return Recipe(**{f.name: found[f.name] for f in fields(Recipe)})
+
+
+def explain(error: Exception, overrides: Sequence[str]) -> str:
+    """One line of what the parser has to say, with the nearest option where one is unknown."""
+    line = " ".join(str(getattr(error, "message", error)).split())
+    unknown = next(
+        (o.split("=")[0] for o in overrides if line.startswith("unrecognized") and o.split("=")[0] in line), None
+    )
+    near = get_close_matches(unknown or "", [f"--{key}" for key in known_keys(Recipe)], n=1)
+    return line + (f"; did you mean {near[0]}?" if near else "")
+
+
+def known_keys(schema: type, prefix: str = "") -> list[str]:
+    """Dotted names of everything that a recipe may say."""
+    keys = []
+    for entry in fields(schema):
+        inner = isinstance(entry.type, type) and is_dataclass(entry.type)
+        keys += known_keys(entry.type, f"{prefix}{entry.name}.") if inner else [f"{prefix}{entry.name}"]
+    return keys
+
+
+def refuse_unknown(given: dict[str, Any], schema: type, source: str, prefix: str = "") -> None:
+    """ValueError at the first key that a recipe does not have, with the nearest that it has."""
+    known = {entry.name: entry.type for entry in fields(schema)}
+    for key, value in given.items():
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"{source}: unknown key {prefix}{key}; {hint}")
+        inner = known[key]
+        if isinstance(inner, type) and is_dataclass(inner):
+            if not isinstance(value, dict):
+                raise ValueError(
+                    f"{source}: {prefix}{key} should hold keys such as {fields(inner)[0].name}, not {value!r}"
+                )
+            refuse_unknown(value, inner, source, f"{prefix}{key}.")

@@ -1,0 +1,1 @@
+"""From pictures and conversations to tensors. Nothing here knows a model."""

@@ -1,0 +1,147 @@
+"""Rows of a batch: all texts about the same pictures share them, and each other's sight of nothing else."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from bridges.data.conversation import Example
+from bridges.data.template import IGNORE_INDEX, IMAGE_TOKEN_ID, Encoded, Template
+
+Preprocess = Callable[[list[Image.Image]], Float[Tensor, "n 3 y x"]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row before padding. Segment 0 is shared by its texts, segments 1, 2, … are the texts themselves."""
+
+    ids: list[int]
+    labels: list[int]
+    segments: list[int]
+    positions: list[int]
+    images: list[Image.Image]
+
+
+@dataclass
+class Batch:
+    """Rows side by side; `segments` is -1 in padding. The pictures of all rows in reading order, as pixels or as features."""
+
+    input_ids: Int[Tensor, "b t"]
+    labels: Int[Tensor, "b t"]
+    segments: Int[Tensor, "b t"]
+    positions: Int[Tensor, "b t"]
+    pixel_values: Float[Tensor, "n 3 y x"] | None = None
+    features: Float[Tensor, "n p v"] | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
+        return Batch(**moved)
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.labels != IGNORE_INDEX).sum())
+
+
+def pack(texts: Sequence[Encoded]) -> Row:
+    """Texts that begin alike become one row: their common beginning once, then what is each one's own.
+
+        <user> PPPP Is it a cat? <assistant> Yes.        segments   0 0000 1 1 1 1 1 1  2 2 2 2
+        <user> PPPP Name it.     <assistant> A cat.      positions  0 1234 5 6 7 8 9 10 5 6 7 8
+
+    Positions of every text go on where the shared beginning ends, so a text is computed as if it stood alone.
+    """
+    shared = common_beginning(texts) if len(texts) > 1 else 0
+    first = texts[0]
+    ids, labels = first.ids[:shared], first.labels[:shared]
+    segments, positions = [0] * shared, list(range(shared))
+    images = images_within(first, shared)
+    taken = len(images)
+    for number, text in enumerate(texts, start=1):
+        own = len(text.ids) - shared
+        ids, labels = ids + text.ids[shared:], labels + text.labels[shared:]
+        segments, positions = segments + [number] * own, positions + list(range(shared, shared + own))
+        images = images + text.images[taken:]
+    if len(texts) == 1:  # a plain row: all of it is one text, and all of it may be anyone's constant prefix
+        segments = [0] * len(ids)
+    return Row(ids, labels, segments, positions, images)
+
+
+def common_beginning(texts: Sequence[Encoded]) -> int:
+    """How many first tokens, pictures compared by identity, all texts have in common; each keeps at least one of its own."""
+    keyed = [picture_keys(text) for text in texts]
+    longest = min(len(key) for key in keyed) - 1
+    for place in range(longest):
+        if any(key[place] != keyed[0][place] for key in keyed) or any(t.labels[place] != IGNORE_INDEX for t in texts):
+            return place
+    return longest
+
+
+def picture_keys(text: Encoded) -> list[int | tuple[int, int]]:
+    """The ids, where an image token also says of which picture it is."""
+    slots = text.ids.count(IMAGE_TOKEN_ID) // max(1, len(text.images))
+    keys: list[int | tuple[int, int]] = []
+    seen = 0
+    for token in text.ids:
+        keys.append((token, id(text.images[seen // slots])) if token == IMAGE_TOKEN_ID else token)
+        seen += token == IMAGE_TOKEN_ID
+    return keys
+
+
+def images_within(text: Encoded, length: int) -> list[Image.Image]:
+    """The pictures whose slots stand in the first `length` tokens."""
+    if not text.images:
+        return []
+    slots = text.ids.count(IMAGE_TOKEN_ID) // len(text.images)
+    return text.images[: text.ids[:length].count(IMAGE_TOKEN_ID) // max(1, slots)]
+
+
+def rows_of(example: Example, template: Template, max_length: int | None = None, share: bool = True) -> list[Row]:
+    """The row of an example; one row for each text where the language model cannot share."""
+    texts = [shorten(template.encode(c.turns), max_length) for c in example.conversations]
+    return [pack(texts)] if share else [pack([text]) for text in texts]
+
+
+def shorten(text: Encoded, max_length: int | None) -> Encoded:
+    """Cut what is too long at its end, never through a picture: then ValueError with the numbers."""
+    if max_length is None or len(text.ids) <= max_length:
+        return text
+    if IMAGE_TOKEN_ID in text.ids[max_length:]:
+        raise ValueError(
+            f"a text of {len(text.ids)} tokens has pictures beyond max_length {max_length}; "
+            "raise data.max_length, or choose a bridge with fewer slots"
+        )
+    return Encoded(text.ids[:max_length], text.labels[:max_length], text.images)
+
+
+def collate(rows: Sequence[Row], preprocess: Preprocess | None = None, left: bool = False) -> Batch:
+    """Rows padded to the longest: on the right for training; for generation on the left, so that all end together.
+
+    Left padding stands after the text that all rows begin with, which can then be computed once for all.
+    """
+    width = max(len(row.ids) for row in rows)
+    begin = common_text([row.ids for row in rows]) if left else 0
+
+    def padded(values: list[list[int]], fill: int) -> Tensor:
+        gaps = [[fill] * (width - len(v)) for v in values]
+        if left:
+            return torch.tensor([v[:begin] + g + v[begin:] for g, v in zip(gaps, values, strict=True)])
+        return torch.tensor([v + g for g, v in zip(gaps, values, strict=True)])
+
+    return Batch(
+        input_ids=padded([r.ids for r in rows], 0),
+        labels=padded([r.labels for r in rows], IGNORE_INDEX),
+        segments=padded([r.segments for r in rows], -1),
+        positions=padded([r.positions for r in rows], 0),
+        pixel_values=preprocess([image for row in rows for image in row.images]) if preprocess else None,
+    )
+
+
+def common_text(ids: Sequence[list[int]]) -> int:
+    """How many first tokens all have in common, up to the first picture."""
+    for place, tokens in enumerate(zip(*ids, strict=False)):
+        if len(set(tokens)) > 1 or tokens[0] == IMAGE_TOKEN_ID:
+            return place
+    return min(len(row) for row in ids)

@@ -1,0 +1,50 @@
+"""Which data a recipe means, and which part of it is held out."""
+
+from pathlib import Path
+
+from bridges.config import Data
+from bridges.data.conversation import Example
+from bridges.data.formats import Rows
+from bridges.data.pictures import MapStyle
+
+HELD_OUT = 0.05
+MOST_HELD_OUT = 500
+CAPTIONS, QUESTIONS = 4, 4  # of a held-out picture: captions to compare with, questions of several kinds
+
+
+class Part:
+    """A stretch of another data set."""
+
+    def __init__(self, rows: MapStyle[Example], first: int, last: int) -> None:
+        self.rows, self.first, self.last = rows, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, index: int) -> Example:
+        return self.rows[self.first + range(len(self))[index]]
+
+
+def open_split(data: Data, split: str) -> MapStyle[Example]:
+    """`train`, `val`, or for `scenes` also `val_pairs` and `val_sprites`.
+
+    Raises ValueError: no such split, or data too small to hold anything out.
+    """
+    if data.source == "scenes":
+        from bridges.data.scenes import Scenes  # extra [demo]
+
+        if split == "train":
+            return Scenes(split, data.size, captions=data.captions, questions=data.questions)
+        return Scenes(split, MOST_HELD_OUT, captions=CAPTIONS, questions=QUESTIONS)
+    if split not in ("train", "val"):
+        raise ValueError(f"no split {split!r} of {data.source}; there are train and val")
+    images = Path(data.images) if data.images else None
+    if data.validation and split == "val":
+        return Rows(Path(data.validation), images, data.prompts)
+    rows = Rows(Path(data.source), images, data.prompts)
+    if data.validation:
+        return rows
+    if len(rows) < 2:
+        raise ValueError(f"{data.source} has {len(rows)} example; at least 2 are needed, one of them to be held out")
+    border = len(rows) - min(MOST_HELD_OUT, max(1, round(HELD_OUT * len(rows))))
+    return Part(rows, 0, border) if split == "train" else Part(rows, border, len(rows))

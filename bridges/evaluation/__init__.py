@@ -1,0 +1,1 @@
+"""How good a bridge is, and whether its answers come from the picture at all."""

@@ -1,0 +1,1 @@
+"""Answers of a trained model: many at once, or turn by turn with what was already read kept."""

@@ -1,0 +1,108 @@
+"""One token after another: what chat and evaluation share."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from bridges.checkpoint import Assembled
+from bridges.data.batch import collate, pack
+from bridges.data.conversation import Turn
+from bridges.towers.language import LanguageTower
+
+Choose = Callable[[Float[Tensor, "b vocab"]], Int[Tensor, "b"]]
+
+
+def greedy(logits: Float[Tensor, "b vocab"]) -> Int[Tensor, "b"]:
+    return logits.argmax(-1)
+
+
+def sampler(temperature: float, top_p: float, seed: int) -> Choose:
+    """Draws from the smallest set of tokens that together have `top_p` of the probability; temperature 0 is greedy."""
+    if temperature == 0:
+        return greedy
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits: Float[Tensor, "b vocab"]) -> Int[Tensor, "b"]:
+        ordered, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+        kept = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
+        drawn = torch.multinomial(kept.cpu(), 1, generator=generator).to(ids.device)
+        return ids.gather(-1, drawn)[:, 0]
+
+    return choose
+
+
+@torch.no_grad()
+def decode(
+    language: LanguageTower,
+    logits: Float[Tensor, "b vocab"],
+    mask: Int[Tensor, "b t"],
+    positions: Int[Tensor, "b"],
+    cache: DynamicCache,
+    choose: Choose = greedy,
+) -> Iterator[Int[Tensor, "b"]]:
+    """The tokens that follow, one for each row at a time, for ever; each is read only when the next is asked for.
+
+    `mask` says which cached columns are text (1) and which padding (0); `positions` are those of the next tokens.
+    """
+    at = (
+        torch.arange(len(logits), device=logits.device),
+        torch.zeros(len(logits), dtype=torch.long, device=logits.device),
+    )
+    while True:
+        tokens = choose(logits)
+        yield tokens
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        logits = language(language.embed(tokens[:, None]), mask, positions[:, None], at, cache)
+        positions = positions + 1
+
+
+@torch.no_grad()
+def answers(
+    assembled: Assembled,
+    prompts: Sequence[Sequence[Turn]],
+    features: Float[Tensor, "n p v"] | None = None,
+    max_new_tokens: int = 64,
+    choose: Choose = greedy,
+) -> list[str]:
+    """What the assistant says to each conversation, all at once. `features` may replace the pictures' own, in reading order.
+
+    Raises ValueError where a prompt and its answer do not fit the language model's context.
+    """
+    model, template, _ = assembled
+    language = model.language
+    rows = [pack([template.encode(turns, reply=True)]) for turns in prompts]
+    longest = max(len(row.ids) for row in rows)
+    room(language, longest, max_new_tokens)
+    if features is None:
+        features = model.vision(model.vision.preprocess([i for row in rows for i in row.images]).to(language.device))
+    batch = collate(rows, left=True).to(language.device)
+    logits, cache = model.prefill(batch.input_ids, batch.segments, batch.positions, features=features)
+    mask = (batch.segments >= 0).long()
+    lengths = torch.tensor([len(row.ids) for row in rows], device=language.device)
+    ends = torch.tensor(sorted(language.end_ids), device=language.device)
+    said: list[Tensor] = []
+    done = torch.zeros(len(rows), dtype=torch.bool, device=language.device)
+    for tokens in decode(language, logits, mask, lengths, cache, choose):
+        said.append(tokens)
+        done |= torch.isin(tokens, ends)
+        if done.all() or len(said) == max_new_tokens:
+            break
+    return [language.decode(until_end(row, language.end_ids)) for row in torch.stack(said, dim=1).tolist()]
+
+
+def until_end(ids: Sequence[int], ends: frozenset[int]) -> list[int]:
+    """The ids before the first that ends the answer."""
+    stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return list(ids[:stop])
+
+
+def room(language: LanguageTower, used: int, wanted: int) -> None:
+    """ValueError unless `used` tokens and `wanted` more fit the context."""
+    if language.context is not None and used + wanted > language.context:
+        raise ValueError(
+            f"a prompt of {used} tokens and an answer of {wanted} exceed the {language.context} positions that "
+            f"{language.name} knows; shorten the prompt, use fewer images, or ask for fewer new tokens"
+        )

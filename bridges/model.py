@@ -1,0 +1,172 @@
+"""The splice: slots of the bridge take the image's positions among the text's embeddings, and the language model reads on."""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from bridges.base import Bridge
+from bridges.towers.language import LanguageTower
+from bridges.towers.vision import VisionTower
+
+PADDING = -1
+SHARED = 0
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the language model keeps of text that stands before every row: computed once, because nothing in it trains."""
+
+    ids: tuple[int, ...]
+    keys_values: list[tuple[Tensor, Tensor]]
+
+
+class BridgedModel(nn.Module):
+    """A frozen vision tower, a bridge, a frozen language tower. All that trains is under `bridge`."""
+
+    def __init__(self, vision: VisionTower, bridge: Bridge, language: LanguageTower, image_token_id: int) -> None:
+        super().__init__()
+        self.vision, self.bridge, self.language = vision, bridge, language
+        self.image_token_id = image_token_id
+        self._prefix = Prefix((), [])
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        segments: Int[Tensor, "b t"],
+        positions: Int[Tensor, "b t"],
+        at: tuple[Int[Tensor, "s"], Int[Tensor, "s"]],
+        pixel_values: Float[Tensor, "n 3 y x"] | None = None,
+        features: Float[Tensor, "n p v"] | None = None,
+    ) -> Float[Tensor, "s vocab"]:
+        """Logits after the positions `at`. Images come as pixels or as features of the vision tower, all rows' in reading order."""
+        embeds = self.embed(input_ids, pixel_values, features)
+        shared = self._constant_prefix(input_ids, segments, at)
+        cache = self._prefix_cache(input_ids[0, :shared], len(input_ids)) if shared else None
+        return self._read(embeds, segments, positions, at, shared, cache)
+
+    def prefill(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        segments: Int[Tensor, "b t"],
+        positions: Int[Tensor, "b t"],
+        pixel_values: Float[Tensor, "n 3 y x"] | None = None,
+        features: Float[Tensor, "n p v"] | None = None,
+    ) -> tuple[Float[Tensor, "b vocab"], DynamicCache]:
+        """Logits after the last column (rows end there), and the cache to go on from."""
+        embeds = self.embed(input_ids, pixel_values, features)
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        at = (rows, torch.full_like(rows, input_ids.shape[1] - 1))
+        shared = self._constant_prefix(input_ids, segments, at)
+        cache = self._prefix_cache(input_ids[0, :shared], len(rows)) if shared else self.language.empty_cache()
+        return self._read(embeds, segments, positions, at, shared, cache), cache
+
+    def _read(
+        self,
+        embeds: Float[Tensor, "b t d"],
+        segments: Int[Tensor, "b t"],
+        positions: Int[Tensor, "b t"],
+        at: tuple[Int[Tensor, "s"], Int[Tensor, "s"]],
+        cached: int,
+        cache: DynamicCache | None,
+    ) -> Float[Tensor, "s vocab"]:
+        """The language model over the columns that are not cached yet."""
+        mask = attention_mask(segments, self.language.dtype, skip=cached)
+        rows, columns = at
+        return self.language(embeds[:, cached:], mask, positions[:, cached:], (rows, columns - cached), cache)
+
+    def embed(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        pixel_values: Float[Tensor, "n 3 y x"] | None = None,
+        features: Float[Tensor, "n p v"] | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """Token embeddings with the images' slots in their places.
+
+        The bridge runs even where there is no image, so that every process of a parallel run has it in its graph.
+        """
+        if features is None:
+            if pixel_values is None:
+                pixel_values = self.vision.preprocess([])
+            features = self.vision(pixel_values.to(input_ids.device))
+        slots = self.bridge(features.to(input_ids.device).float()).slots
+        is_image = input_ids == self.image_token_id
+        text = self.language.embed(input_ids.masked_fill(is_image, 0))
+        return fill_slots(text, is_image, slots.to(text.dtype))
+
+    def _constant_prefix(self, input_ids: Tensor, segments: Tensor, at: tuple[Tensor, Tensor]) -> int:
+        """How many first columns are the same text in every row, so that their keys and values are a constant."""
+        same = (input_ids == input_ids[0]) & (input_ids != self.image_token_id) & (segments == SHARED)
+        length = int(same.all(0).long().cumprod(0).sum())
+        length = min([length, int(at[1].min())] if len(at[1]) else [length])
+        return length if self.language.takes_positions and length < input_ids.shape[1] else 0
+
+    @torch.no_grad()
+    def _prefix_cache(self, ids: Int[Tensor, "p"], rows: int) -> DynamicCache:
+        """A fresh cache that holds the prefix for each of `rows` rows; its content is kept from step to step."""
+        key = tuple(ids.tolist())
+        if self._prefix.ids != key:
+            cache = self.language.empty_cache()
+            steps = torch.arange(len(ids), device=ids.device)[None]
+            none = ids.new_zeros(0)
+            self.language(self.language.embed(ids[None]), torch.ones_like(ids[None]), steps, (none, none), cache)
+            self._prefix = Prefix(key, [(layer.keys, layer.values) for layer in cache.layers])
+        cache = self.language.empty_cache()
+        for index, (keys, values) in enumerate(self._prefix.keys_values):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
+        return cache
+
+
+def fill_slots(
+    embeds: Float[Tensor, "b t d"], is_image: Bool[Tensor, "b t"], slots: Float[Tensor, "n k d"]
+) -> Float[Tensor, "b t d"]:
+    """The j-th image position of the batch, in reading order, takes the j-th slot. ValueError unless their numbers are equal."""
+    places, given = int(is_image.sum()), slots.shape[0] * slots.shape[1]
+    if places != given:
+        raise ValueError(
+            f"the text has {places} image positions, but {slots.shape[0]} images x {slots.shape[1]} slots = {given}; "
+            "each image needs one marker in the text, and each marker an image"
+        )
+    rows, columns = is_image.nonzero(as_tuple=True)
+    return embeds.index_put((rows, columns), rearrange(slots, "n k d -> (n k) d"))
+
+
+def attention_mask(segments: Int[Tensor, "b t"], dtype: torch.dtype, skip: int = 0) -> Tensor:
+    """Who sees whom, from the segments alone: 0 is shared by the row, 1, 2, … are its texts, -1 is padding.
+
+    A position sees itself, what is shared and what belongs to its own text, never ahead. With two texts:
+
+        segment   0 0 1 1 2 2 -
+                0 x . . . . . .
+                0 x x . . . . .
+                1 x x x . . . .
+                1 x x x x . . .
+                2 x x . . x . .
+                2 x x . . x x .
+                - x x . . . . x
+
+    Plain rows get the usual `b t` mask (1 = token, 0 = padding), others an additive `b 1 t t` one.
+    `skip` leaves out the queries of as many first columns (their keys and values are cached).
+    """
+    if int(segments.max()) <= 1:
+        return (segments != PADDING).long()
+    query, key = rearrange(segments, "b t -> b t 1"), rearrange(segments, "b t -> b 1 t")
+    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+    visible = ((key == query) | (key == SHARED)) & causal
+    blocked = torch.zeros(visible.shape, dtype=dtype, device=segments.device)
+    blocked.masked_fill_(~visible, torch.finfo(dtype).min)
+    return rearrange(blocked, "b q k -> b 1 q k")[:, :, skip:]
+
+
+def predecessors(segments: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    """The column whose logits predict each position: the one before it in its own text.
+
+    The first position of a text follows the last shared one:   segment  0 0 1 1 2 2   ->   0 0 1 2 1 4
+    """
+    columns = repeat(torch.arange(segments.shape[1], device=segments.device), "t -> b t", b=len(segments))
+    last_shared = torch.where(segments == SHARED, columns, 0).amax(1, keepdim=True)
+    starts = segments != segments.roll(1, dims=1)
+    return torch.where(starts & (segments > 1), last_shared, (columns - 1).clamp(min=0))

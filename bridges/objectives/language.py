@@ -1,0 +1,26 @@
+"""Next-token prediction of what the assistant says."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from bridges.data.batch import Batch
+from bridges.data.template import IGNORE_INDEX
+from bridges.model import BridgedModel, predecessors
+
+Objective = Callable[[BridgedModel, Batch], tuple[Tensor, int]]
+
+
+def language_loss(model: BridgedModel, batch: Batch) -> tuple[Float[Tensor, ""], int]:
+    """Summed negative log-likelihood of the targets (nats), and how many there are. Divide by the global count."""
+    return target_nll(model, batch).sum(), batch.num_targets
+
+
+def target_nll(model: BridgedModel, batch: Batch) -> Float[Tensor, "s"]:
+    """Negative log-likelihood of every target, row by row in reading order; logits are computed nowhere else."""
+    rows, columns = (batch.labels != IGNORE_INDEX).nonzero(as_tuple=True)
+    at = (rows, predecessors(batch.segments)[rows, columns])
+    logits = model(batch.input_ids, batch.segments, batch.positions, at, batch.pixel_values, batch.features)
+    return F.cross_entropy(logits.float(), batch.labels[rows, columns], reduction="none")

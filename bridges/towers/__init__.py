@@ -1,0 +1,1 @@
+"""The two frozen ends of a bridge."""

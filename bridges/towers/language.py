@@ -1,0 +1,126 @@
+"""The frozen language model: any causal LLM of transformers, fed with embeddings, asked for logits where they are needed."""
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
+
+from bridges.towers.bundled import resolve
+from bridges.towers.precision import fastest_dtype
+
+
+class LanguageTower(nn.Module):
+    """A causal language model, frozen for ever: no gradient in its weights, no dropout, whatever `train()` says.
+
+    `dim` is the width of its token embeddings, `num_layers` the number of its layers, `context` how many positions it knows,
+    `window` how far its shortest-sighted layer looks back (None: everywhere).
+    Raises ValueError where there is no such model, or no causal LM in it.
+    """
+
+    def __init__(self, name_or_path: str, revision: str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.name, path = name_or_path, str(resolve(name_or_path))
+        dtype = dtype or fastest_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            config = AutoConfig.from_pretrained(path, revision=revision)
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, revision=revision)
+            self.model = AutoModelForCausalLM.from_pretrained(path, config=config, revision=revision, dtype=dtype)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"no causal language model in {name_or_path!r}: {reason}") from error
+        self.requires_grad_(False)
+        self.train(False)
+        text = self.model.config.get_text_config()
+        self.num_layers: int = text.num_hidden_layers
+        self.dim: int = self.model.get_input_embeddings().weight.shape[1]
+        self.context: int | None = getattr(text, "max_position_embeddings", None)
+        self.window: int | None = getattr(text, "sliding_window", None)
+        # Families with ALiBi have no positions to restart, so their rows cannot share a prefix.
+        self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        self.end_ids = end_ids(self.tokenizer, self.model.generation_config)
+        self._rows: tuple[Tensor, Tensor] | None = None
+        self.model.get_output_embeddings().register_forward_pre_hook(self._select_rows)
+
+    def train(self, mode: bool = True) -> "LanguageTower":  # noqa: ARG002
+        """Frozen is frozen: dropout stays asleep."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    def embed(self, input_ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        """The model's own token embeddings, with the scale that it gives them."""
+        return self.model.get_input_embeddings()(input_ids)
+
+    @torch.no_grad()
+    def embedding_rms(self) -> float:
+        """Root mean square of the token embeddings: the size of input that the model is used to."""
+        ids = torch.arange(0, self.model.get_input_embeddings().weight.shape[0], 7, device=self.device)
+        return self.embed(ids[None]).float().pow(2).mean().sqrt().item()
+
+    def forward(
+        self,
+        embeds: Float[Tensor, "b t d"],
+        attention_mask: Tensor,
+        positions: Int[Tensor, "b t"],
+        at: tuple[Int[Tensor, "s"], Int[Tensor, "s"]],
+        cache: DynamicCache | None = None,
+    ) -> Float[Tensor, "s vocab"]:
+        """Logits after the positions `at` (row indices, column indices), and nowhere else.
+
+        The mask is `b all` (1 = token, 0 = padding) or additive `b 1 t all`, where `all` counts the cached positions too.
+        The head sees the chosen rows only; what a family does to its logits afterwards (soft cap, scale) is element by element.
+        """
+        arguments: dict[str, Any] = {"inputs_embeds": embeds.to(self.dtype), "attention_mask": attention_mask}
+        if self.takes_positions:
+            arguments["position_ids"] = positions
+        with self._head_sees(at):
+            output = self.model(**arguments, past_key_values=cache, use_cache=cache is not None)
+        return output.logits[0]
+
+    @contextmanager
+    def _head_sees(self, at: tuple[Tensor, Tensor]):
+        self._rows = at
+        try:
+            yield
+        finally:
+            self._rows = None
+
+    def _select_rows(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:  # noqa: ARG002
+        return None if self._rows is None else (args[0][self._rows][None],)
+
+    def empty_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config)
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits that tell this model's weights from another's: a strided sample of every tensor.
+
+        Compared as bfloat16, because a model trained beside in bf16 may be talked to in fp32.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            sample = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64].bfloat16().float()
+            digest.update(f"{name}{tuple(tensor.shape)}{sample.tolist()}".encode())
+        return digest.hexdigest()[:12]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The words of some ids, special tokens left out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, generation: Any) -> frozenset[int]:
+    """The tokens that end an answer: the tokenizer's end of sequence, and those that the model's own settings name."""
+    named = getattr(generation, "eos_token_id", None)
+    ids = named if isinstance(named, list) else [named]
+    return frozenset(i for i in [tokenizer.eos_token_id, *ids] if i is not None)

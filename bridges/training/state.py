@@ -1,0 +1,64 @@
+"""What a run needs to go on as if it had never stopped. The order of the data is a function of the step and needs no keeping."""
+
+import io
+import json
+from pathlib import Path
+
+import torch
+
+from bridges.checkpoint import Assembled, check_towers, plain, read_config, write
+from bridges.config import Recipe
+
+STATE, METRICS = "trainer/state.pt", "metrics.jsonl"
+
+
+def save_state(output: Path, assembled: Assembled, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """The step, the bridge's exact weights, the optimizer, the random generator: one file, replaced in one go."""
+    buffer = io.BytesIO()
+    state = {"step": step, "bridge": assembled.model.bridge.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save({**state, "random": torch.get_rng_state()}, buffer)
+    write(output / STATE, buffer.getvalue())
+
+
+def restore(output: Path, assembled: Assembled, optimizer: torch.optim.Optimizer) -> int:
+    """Bring a run back to where it was saved and return its step; 0 where nothing was saved yet.
+
+    Raises ValueError when the recipe or the towers are not those of the run.
+    """
+    if not (output / STATE).exists():
+        return 0
+    config = read_config(output)
+    check_towers(output, config, assembled.model.vision, assembled.model.language)
+    refuse_other_recipe(output, config, assembled.recipe)
+    state = torch.load(output / STATE, weights_only=True, map_location="cpu")
+    assembled.model.bridge.load_state_dict(state["bridge"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"])
+    forget_after(output / METRICS, state["step"])
+    return state["step"]
+
+
+def refuse_other_recipe(output: Path, config: dict, recipe: Recipe) -> None:
+    """What decides the weights must be as it was; how often to look and to save may change."""
+    free = {"evaluate_every", "evaluate_size", "save_every", "log_every", "workers", "micro_batch", "tensorboard"}
+    now = {
+        "bridge": plain(recipe.bridge),
+        "data": plain(vars(recipe.data)),
+        "language": vars(recipe.language),
+        "vision": vars(recipe.vision),
+        "train": {k: plain(v) for k, v in vars(recipe.train).items() if k not in free},
+    }
+    for part, values in now.items():
+        for key, value in values.items():
+            if config[part].get(key) != value:
+                was = config[part].get(key)
+                raise ValueError(
+                    f"{output} was trained with {part}.{key} {was!r}, the recipe says {value!r}; resume needs the same"
+                )
+
+
+def forget_after(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that will be done again."""
+    if metrics.exists():
+        lines = metrics.read_text().splitlines(keepends=True)
+        write(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
