@@ -143,7 +143,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{file}, {place}", row
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text: {error}") from None
-        except (ValueError, csv.Error) as error:
+        except ValueError as error:
             raise ValueError(f"{file}, {error}") from None
 
 
@@ -191,12 +191,17 @@ def _csv(text: TextIOBase) -> Iterator[tuple[str, Any]]:
     text.seek(0)
     lines = csv.reader(text, delimiter=delimiter, skipinitialspace=True, strict=True)
     header = next(lines, [])
-    for fields in lines:
-        if fields and len(fields) != len(header):
-            found = f"{len(fields)} fields, the header has {len(header)}"
-            raise ValueError(f"line {lines.line_num}: {found}; quote a field that holds {delimiter!r}")
-        if fields:
-            yield f"line {lines.line_num}", dict(zip(header, fields, strict=True))
+    begin = lines.line_num + 1
+    try:
+        for fields in lines:
+            if fields and len(fields) != len(header):
+                found = f"{len(fields)} fields, the header has {len(header)}"
+                raise ValueError(f"line {begin}: {found}; quote a field that holds {delimiter!r}")
+            if fields:
+                yield f"line {begin}", dict(zip(header, fields, strict=True))
+            begin = lines.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"line {begin}: {error}") from None
 
 
 def _normal(row: Any) -> tuple[str | None, str]:

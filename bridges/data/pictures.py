@@ -6,7 +6,7 @@ import math
 from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -110,6 +110,7 @@ def _widened(image: Image.Image) -> Image.Image:
 Row_co = TypeVar("Row_co", covariant=True)
 
 
+@runtime_checkable  # for the tests, which check types as they run
 class MapStyle(Protocol[Row_co]):
     """Any data set with a length whose rows are had by number."""
 

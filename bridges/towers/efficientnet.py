@@ -1,15 +1,16 @@
-"""EfficientNet-Lite0 (Tan and Le, arXiv 1905.11946, without squeeze-excite), every BatchNorm folded into its convolution.
+"""EfficientNet-Lite0 (arXiv 1905.11946, without squeeze-excite), every BatchNorm folded into its convolution.
 
 It is here because its ImageNet weights come as a package: a vision tower for a machine that reaches no model hub.
 """
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 # repeats, kernel, stride, expansion, channels: table 1 of the paper
@@ -46,8 +47,8 @@ class Conv(nn.Conv2d):
         super().__init__(inputs, outputs, width, stride, padding=(width - 1) // 2, groups=groups)
         self.linear = linear
 
-    def forward(self, x: Float[Tensor, "n c y x"]) -> Float[Tensor, "n o y2 x2"]:
-        out = super().forward(x)
+    def forward(self, input: Float[Tensor, "n c y x"]) -> Float[Tensor, "n o y2 x2"]:
+        out = super().forward(input)
         return out if self.linear else F.relu6(out, inplace=True)
 
 
@@ -82,7 +83,7 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, pixel_values: Float[Tensor, "n 3 y x"], output_hidden_states: object = None) -> Features:  # noqa: ARG002
         """The one map is the only hidden state, whichever are asked for."""
-        assert pixel_values.shape[-2] % 32 == 0 and pixel_values.shape[-1] % 32 == 0, "uneven padding needs even sides"
+        assert not any(side % 32 for side in pixel_values.shape[-2:]), "the uneven padding needs even sides throughout"
         if pixel_values.device.type != "cpu":
             return Features((self.layers(pixel_values),))
         # eight images at a time stay in the CPU's cache: a quarter faster than 32
@@ -111,8 +112,21 @@ def fold(published: dict[str, Tensor]) -> dict[str, Tensor]:
     return network.state_dict()
 
 
+def convert(published: Path, folder: Path) -> None:
+    """From the published file of weights, write what `load` and an image processor read: 224 x 224 pixels in -1 … 1."""
+    save_file(fold(torch.load(published, weights_only=True)), folder / "model.safetensors")
+    preprocessing = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 224, "width": 224},
+        "resample": 3,  # bicubic
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+
+
 def load(folder: Path) -> EfficientNetLite0:
-    """The network that `bundled` put into `folder`."""
+    """The network that `convert` wrote into `folder`."""
     network = EfficientNetLite0()
     network.load_state_dict(load_file(folder / "model.safetensors"))
     return network

@@ -1,0 +1,110 @@
+"""`bridges evaluate`: a checkpoint on held-out splits; the table, evaluation.json and report.html."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from bridges.checkpoint import Assembled, load, write
+from bridges.data.conversation import images_of
+from bridges.data.pictures import SkipBroken
+from bridges.data.sources import open_split
+from bridges.evaluation.report import Shown, table_text, write_report
+from bridges.evaluation.tasks import Said, captions_of, listen, questions_of, tabulate
+
+RESULTS, REPORT = "evaluation.json", "report.html"
+AT_ONCE = 32  # examples; pictures are shuffled among them
+OPENMOJI = "Pictures composed of OpenMoji 17, the open-source emoji and icon project, CC BY-SA 4.0 (openmoji.org)."
+
+
+def evaluate(checkpoint: str | Path, splits: Sequence[str] = ("val",), size: int = 200) -> dict[str, Any]:
+    """Measure a checkpoint on the first `size` examples of each split; print, write and return the table.
+
+    Splits measured before stay in evaluation.json. Raises ValueError where the split is empty or unknown.
+    """
+    folder = Path(checkpoint)
+    assembled = load(folder)
+    console = Console()
+    measured: dict[str, Any] = {}
+    shown: list[Shown] = []
+    for split in splits:
+        said = measure(assembled, split, size, console)
+        measured[split] = tabulate(said, namer(assembled))
+        shown = shown or [show(one) for one in said[:12]]
+    results = folder / RESULTS
+    table = {**(json.loads(results.read_text()) if results.exists() else {}), **measured}
+    write(results, json.dumps(table, indent=2).encode())
+    report(folder, assembled, table, shown)
+    console.print(table_text(measured))
+    console.print(f"{results} and {folder / REPORT} written", highlight=False)
+    return table
+
+
+def measure(assembled: Assembled, split: str, size: int, console: Console) -> list[Said]:
+    """Everything the model says on a split, with progress."""
+    data = SkipBroken(open_split(assembled.recipe.data, split))
+    count = min(size, len(data))
+    if count < 2:
+        raise ValueError(f"split {split} has {count} example; at least 2 are needed, so that pictures can be shuffled")
+    starts = list(range(0, count, AT_ONCE))
+    if count - starts[-1] < 2:  # a last example alone would have no other picture
+        starts.pop()
+    said: list[Said] = []
+    for start, end in track(list(zip(starts, [*starts[1:], count], strict=True)), f"evaluating {split}", console=console):
+        said += listen(assembled, [data[i] for i in range(start, end)])
+    if data.broken:
+        console.print(data.summary())
+    return said
+
+
+def namer(assembled: Assembled) -> Any:
+    """How object names are found in a caption: only `scenes` knows its objects."""
+    if assembled.recipe.data.source != "scenes":
+        return lambda _text: frozenset()
+    from bridges.data.scenes import named  # extra [demo]
+
+    return named
+
+
+def show(one: Said) -> Shown:
+    """An example for the report: its caption, or else its first question."""
+    if one.captions:
+        asked, reference = captions_of(one.example)[0], one.references[0]
+        answer, shuffled = one.captions["image"], one.captions["shuffled"]
+    elif one.kinds:
+        asked, reference = questions_of(one.example)[0], one.expected[0]
+        answer, shuffled = one.answers["image"][0], one.answers["shuffled"][0]
+    else:
+        asked, reference, answer, shuffled = one.example.conversations[0], "", "", ""
+    words = "".join(part for part in asked.turns[0].content if isinstance(part, str))
+    return Shown(images_of(asked.turns)[0], words, reference, answer, shuffled)
+
+
+def report(folder: Path, assembled: Assembled, table: dict[str, Any], shown: Sequence[Shown]) -> None:
+    """report.html beside the checkpoint."""
+    model, _, recipe = assembled
+    metrics = folder / "metrics.jsonl"
+    history = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    took = max((row.get("seconds", 0) for row in history), default=0)
+    details = {
+        "Vision tower": recipe.vision.name,
+        "Language tower": recipe.language.name,
+        "Bridge": f"{recipe.bridge['name']}, {model.bridge.num_slots} slots an image",
+        "Trained": f"{sum(p.numel() for p in model.bridge.parameters()):,} parameters; the towers are frozen",
+        "Steps": f"{recipe.train.steps} of {recipe.train.batch} pictures, {took / 60:.1f} minutes",
+        "Data": recipe.data.source,
+    }
+    attribution = OPENMOJI if recipe.data.source == "scenes" else None
+    title = f"{folder.name}: a bridge between two frozen models"
+    write_report(
+        folder / REPORT,
+        title=title,
+        history=history,
+        table=table,
+        pictures=shown,
+        details=details,
+        attribution=attribution,
+    )

@@ -1,0 +1,173 @@
+"""What a model says about held-out pictures, with the right picture, another one and none; and the table of it all."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from bridges.checkpoint import Assembled
+from bridges.data.batch import collate, pack
+from bridges.data.conversation import Conversation, Example, Turn, images_of
+from bridges.data.template import IGNORE_INDEX
+from bridges.evaluation.metrics import accuracy, bleu, bleu_counts, cider_d, f1, interval, majority, naming
+from bridges.inference.decoding import answers
+from bridges.objectives.controls import CONTROLS, Control, controlled
+from bridges.objectives.language import target_nll
+
+Metric = dict[str, float | int | None]
+Statistic = Callable[[np.ndarray], float]
+
+LONGEST_CAPTION, LONGEST_ANSWER = 40, 10  # new tokens
+
+
+@dataclass
+class Said:
+    """What was said about one example under each control."""
+
+    example: Example
+    nll: dict[Control, tuple[float, int]]
+    """Summed over the targets of its captions (or of all it has, when there are none), and how many targets."""
+    captions: dict[Control, str]
+    answers: dict[Control, list[str]]
+
+    @property
+    def references(self) -> list[str]:
+        return [expected(c) for c in captions_of(self.example)]
+
+    @property
+    def kinds(self) -> list[str]:
+        return [c.kind for c in questions_of(self.example)]
+
+    @property
+    def expected(self) -> list[str]:
+        return [expected(c) for c in questions_of(self.example)]
+
+
+def captions_of(example: Example) -> list[Conversation]:
+    return [c for c in example.conversations if c.kind == "caption"]
+
+
+def questions_of(example: Example) -> list[Conversation]:
+    """Those with one right answer in a few words; free chats have none."""
+    return [c for c in example.conversations if c.kind not in ("caption", "chat")]
+
+
+def expected(conversation: Conversation) -> str:
+    """What the assistant says last."""
+    return "".join(part for part in conversation.turns[-1].content if isinstance(part, str))
+
+
+@torch.no_grad()
+def listen(assembled: Assembled, examples: Sequence[Example]) -> list[Said]:
+    """Put every question of some examples to the model under each control. Pictures are shuffled among these examples."""
+    said = [Said(example, {}, {}, {}) for example in examples]
+    vision = assembled.model.vision
+    pictures = unique(i for e in examples for c in e.conversations for i in images_of(c.turns))
+    place = {id(picture): number for number, picture in enumerate(pictures)}
+    right = vision(vision.preprocess(pictures).to(assembled.model.language.device))
+
+    for control in CONTROLS:
+        features = controlled(right, vision, control)
+
+        def seen(conversations: Sequence[Sequence[Turn]], features: Tensor = features) -> Float[Tensor, "n p v"]:
+            return features[[place[id(i)] for turns in conversations for i in images_of(turns)]]
+
+        for one in said:
+            chosen = captions_of(one.example) or list(one.example.conversations)
+            one.nll[control] = nll_of(assembled, chosen, seen)
+        asked = [captions_of(e)[0].turns[:-1] if captions_of(e) else None for e in examples]
+        captioned = reply(assembled, [turns for turns in asked if turns], seen, LONGEST_CAPTION)
+        for one, turns in zip(said, asked, strict=True):
+            if turns:
+                one.captions[control] = next(captioned)
+        prompts = [c.turns[:-1] for e in examples for c in questions_of(e)]
+        answered = reply(assembled, prompts, seen, LONGEST_ANSWER)
+        for one in said:
+            one.answers[control] = [next(answered) for _ in one.kinds]
+    return said
+
+
+def unique(pictures: Iterable[Image.Image]) -> list[Image.Image]:
+    """Each picture once, by identity."""
+    return list({id(picture): picture for picture in pictures}.values())
+
+
+def reply(
+    assembled: Assembled, prompts: Sequence[Sequence[Turn]], seen: Callable[..., Tensor], longest: int
+) -> "Iterable[str]":
+    return iter(answers(assembled, prompts, seen(prompts), longest) if prompts else [])
+
+
+def nll_of(
+    assembled: Assembled, conversations: Sequence[Conversation], seen: Callable[..., Tensor]
+) -> tuple[float, int]:
+    """Summed negative log-likelihood (nats) of what the assistant says, and the number of tokens of it."""
+    model, template, _ = assembled
+    turns = [c.turns for c in conversations]
+    batch = collate([pack([template.encode(t)]) for t in turns]).to(model.language.device)
+    batch.features = seen(turns)
+    return float(target_nll(model, batch).sum()), int((batch.labels != IGNORE_INDEX).sum())
+
+
+def tabulate(said: Sequence[Said], named: Callable[[str], frozenset[str]]) -> dict[str, Metric]:
+    """Every metric that the examples allow, each with its baselines and a 95 % interval over examples.
+
+    `named` finds the object names in a caption. The majority is the commonest caption, or the commonest answer of a kind.
+    """
+    table = {"caption_nll": row(said, {c: ratio(said, c) for c in CONTROLS}, None)}
+    told = [one for one in said if one.captions]
+    if told:
+        references = [one.references for one in told]
+        common = [majority([text for texts in references for text in texts])] * len(told)
+        captions = {**{c: [one.captions[c] for one in told] for c in CONTROLS}, "majority": common}
+        ciders = {c: cider_d(texts, references) for c, texts in captions.items()}
+        counts = {c: bleu_counts(texts, references) for c, texts in captions.items()}
+        table["cider"] = row(told, {c: lambda rows, c=c: float(ciders[c][rows].mean()) for c in captions})
+        table["bleu4"] = row(told, {c: lambda rows, c=c: bleu(counts[c][rows]) for c in captions})
+        if all(one.example.names for one in told):
+            names = [one.example.names for one in told]
+            found = {c: naming([named(text) for text in texts], names) for c, texts in captions.items()}
+            table["naming_f1"] = row(told, {c: lambda rows, c=c: f1(found[c][rows]) for c in captions})
+    return table | accuracies(said)
+
+
+def accuracies(said: Sequence[Said]) -> dict[str, Metric]:
+    """Accuracy of short answers, over all and for each kind of question."""
+    kinds = sorted({kind for one in said for kind in one.kinds})
+    if not kinds:
+        return {}
+    common = {
+        kind: majority([a for one in said for k, a in zip(one.kinds, one.expected, strict=True) if k == kind])
+        for kind in kinds
+    }
+    table = {}
+    for wanted in [None, *kinds]:
+        asked = [one for one in said if (one.kinds if wanted is None else wanted in one.kinds)]
+        pick = [[i for i, kind in enumerate(one.kinds) if wanted in (None, kind)] for one in asked]
+        right = {c: [accuracy(one.answers[c], one.expected)[p] for one, p in zip(asked, pick, strict=True)] for c in CONTROLS}
+        always = [accuracy([common[k] for k in one.kinds], one.expected)[p] for one, p in zip(asked, pick, strict=True)]
+        hits = {
+            c: np.array([[r.sum(), len(r)] for r in per_example]) for c, per_example in {**right, "majority": always}.items()
+        }
+        statistics = {c: lambda rows, h=h: float(h[rows, 0].sum() / h[rows, 1].sum()) for c, h in hits.items()}
+        name = "answer_accuracy" if wanted is None else f"answer_accuracy/{wanted}"
+        table[name] = row(asked, statistics, int(hits["image"][:, 1].sum()))
+    return table
+
+
+def ratio(said: Sequence[Said], control: Control) -> Statistic:
+    """Nats a target over the chosen examples."""
+    sums = np.array([one.nll[control] for one in said])
+    return lambda rows: float(sums[rows, 0].sum() / sums[rows, 1].sum())
+
+
+def row(said: Sequence[Said], statistics: dict[str, Statistic], count: int | None = None) -> Metric:
+    """One line of the table: the figure with the right picture and its interval, the baselines, and how many there are."""
+    everything = np.arange(len(said))
+    low, high = interval(statistics["image"], len(said))
+    figures = {c: statistics[c](everything) if c in statistics else None for c in (*CONTROLS, "majority")}
+    return {**figures, "low": low, "high": high, "n": len(said) if count is None else count}

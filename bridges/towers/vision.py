@@ -1,0 +1,215 @@
+"""The frozen image encoder: any one of transformers that gives image features, or the one that comes bundled."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel
+from transformers.image_processing_backends import PilBackend
+
+from bridges.towers import efficientnet
+from bridges.towers.bundled import quiet_transformers, resolve
+from bridges.towers.precision import fastest_dtype
+
+PREPROCESSING = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
+PREPROCESSING += ("do_normalize", "image_mean", "image_std")
+
+
+class VisionTower(nn.Module):
+    """Pixels to features, frozen for ever: no gradient, no dropout, no moving BatchNorm, whatever `train()` says.
+
+    `layer` counts the encoder's hidden states as LLaVA does: 0 is what enters the first layer, -1 what leaves the last,
+    -2 what leaves the one before. This is the residual stream: CLIP's, SigLIP's or DINO's final norm is not applied.
+    Tokens that are no patch (CLS, registers) are dropped; `keep_cls` keeps the first of them, in front.
+    An encoder without such tokens loses nothing.
+
+    `name`, `dim` (v), `num_patches` (p), `image_size` (y, x), `grid` (rows, columns): num_patches is rows x columns, in
+    reading order, + 1 with `keep_cls`.
+
+    Raises ValueError where there is no such encoder, or it cannot do what is asked.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        layer: int = -1,
+        keep_cls: bool = False,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name_or_path
+        where = resolve(name_or_path)
+        if revision and Path(where).is_dir():
+            raise ValueError(f"{name_or_path} is a folder and has no revisions: leave revision={revision!r} out")
+        with quiet_transformers():
+            self.processor, self.encoder = read(name_or_path, where, revision)
+        self.requires_grad_(False)
+        self.train(False)
+        self.image_size = output_size(self.processor, name_or_path)
+        shapes = self._shapes_of_states()
+        if not -len(shapes) <= layer < len(shapes):
+            raise ValueError(
+                f"{name_or_path} has no layer {layer}: its hidden states are -{len(shapes)} … {len(shapes) - 1}"
+            )
+        self.layer, self.keep_cls = layer % len(shapes), keep_cls
+        self._is_map = len(shapes[self.layer]) == 4
+        self.grid, self.dim, self._prefix = self._arrangement(shapes[self.layer])
+        if keep_cls and not self._prefix:
+            raise ValueError(f"keep_cls: {name_or_path} has no CLS token, only {self.grid[0]} x {self.grid[1]} patches")
+        self.num_patches = self.grid[0] * self.grid[1] + keep_cls
+        self._fingerprint = self._take_fingerprint()
+        if self._is_map:  # two to three times faster on a CPU, and what a GPU's half precision wants
+            self.encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.encoder.to(dtype or fastest_dtype())
+
+    def train(self, mode: bool = True) -> "VisionTower":  # noqa: ARG002
+        """Frozen is frozen: neither dropout nor BatchNorm wakes."""
+        return super().train(False)
+
+    def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "n 3 y x"]:
+        """Pictures of any size and mode, as the encoder was trained to see them, in float32 on the CPU."""
+        if not images:
+            return torch.empty(0, 3, *self.image_size)
+        return pixels_of(self.processor, images)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Float[Tensor, "n 3 y x"]) -> Float[Tensor, "n p v"]:
+        """Features in the tower's own dtype (`tower.dtype`), never with a gradient. n may be 0.
+
+        Raises ValueError for images of another size than `image_size`.
+        """
+        if tuple(pixel_values.shape[-2:]) != self.image_size:
+            raise ValueError(
+                f"{self.name} takes images of {self.image_size} (y, x), got {tuple(pixel_values.shape[-2:])}"
+            )
+        pixel_values = pixel_values.to(self.dtype)
+        if not len(pixel_values):
+            return pixel_values.new_empty(0, self.num_patches, self.dim)
+        if self._is_map:
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        # only the one state is kept, so that a deep encoder does not hold all of them in memory
+        features = self.encoder(pixel_values, output_hidden_states=[self.layer]).hidden_states[self.layer]
+        if self._is_map:
+            return rearrange(features, "n v rows columns -> n (rows columns) v")
+        patches = features[:, self._prefix :]
+        return torch.cat([features[:, :1], patches], dim=1) if self.keep_cls else patches
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.encoder.parameters()).dtype
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits that tell these features from any other tower's.
+
+        Taken from a strided sample of every weight as the checkpoint stores it (so it is the same in any dtype and on
+        any device), the layer, the tokens kept and the preprocessing.
+        """
+        return self._fingerprint
+
+    def _shapes_of_states(self) -> list[tuple[int, ...]]:
+        """Shapes of every hidden state for one image, found without computing: the encoder runs on the meta device."""
+        tensors = chain(self.encoder.named_parameters(), self.encoder.named_buffers())
+        state = {key: tensor.to("meta") for key, tensor in tensors}
+        image = torch.empty(1, 3, *self.image_size, device="meta")
+        try:
+            output = functional_call(self.encoder, state, (image,), {"output_hidden_states": True})
+        except (ValueError, TypeError, RuntimeError) as error:
+            size = "{} x {}".format(*self.image_size)
+            raise ValueError(
+                f"{self.name} cannot take the {size} images of its own processor: {first_sentence(error)}"
+            ) from error
+        return [tuple(hidden.shape) for hidden in output.hidden_states]
+
+    def _arrangement(self, shape: tuple[int, ...]) -> tuple[tuple[int, int], int, int]:
+        """(grid, width, tokens before the first patch) of a hidden state of this shape."""
+        if self._is_map:
+            return (shape[2], shape[3]), shape[1], 0
+        _, tokens, dim = shape
+        patch = self.encoder.config.patch_size
+        patch_y, patch_x = (patch, patch) if isinstance(patch, int) else patch
+        rows, columns = self.image_size[0] // patch_y, self.image_size[1] // patch_x
+        while rows * columns > tokens:  # hierarchical encoders halve the grid, and have patches only
+            rows, columns = rows // 2, columns // 2
+            if rows * columns < tokens:
+                raise ValueError(
+                    f"{self.name} gives {tokens} tokens, which are no grid of patches of a {self.image_size} image"
+                )
+        prefix = tokens - rows * columns
+        if prefix > 16:
+            raise ValueError(
+                f"{self.name} gives {tokens} tokens for {rows} x {columns} patches: {prefix} are something else"
+            )
+        return (rows, columns), dim, prefix
+
+    def _take_fingerprint(self) -> str:
+        settings = self.processor.to_dict()
+        seen = {key: settings[key] for key in PREPROCESSING if settings.get(key) is not None}
+        digest = hashlib.sha256(json.dumps([self.layer, self.keep_cls, seen], sort_keys=True, default=dict).encode())
+        for key, tensor in self.encoder.state_dict().items():
+            sample = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64].float()
+            digest.update(f"{key}{tuple(tensor.shape)}{sample.tolist()}".encode())
+        return digest.hexdigest()[:12]
+
+
+def read(name: str, where: str, revision: str | None) -> tuple[Any, Any]:
+    """The image processor (on PIL) and the encoder in the checkpoint's dtype. Of CLIP and its kin, the vision half."""
+    if name == "bundled:efficientnet-lite0":
+        return read_processor(where, None), efficientnet.load(Path(where))
+    try:
+        config = AutoConfig.from_pretrained(where, revision=revision)
+        config = getattr(config, "vision_config", config)
+        family: Any = MODEL_MAPPING[type(config)]
+        if family.main_input_name != "pixel_values":
+            raise ValueError(f"{config.model_type} is no image encoder")
+        processor = read_processor(where, revision)
+        encoder, report = AutoModel.from_pretrained(
+            where, config=config, revision=revision, dtype="auto", output_loading_info=True
+        )
+    except KeyError as error:
+        raise ValueError(f"no image encoder in {name!r}: transformers has none for {first_sentence(error)}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no image encoder in {name!r}: {first_sentence(error)}") from error
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith(("pooler", "head")))  # not on our way
+    if missing:
+        raise ValueError(f"{name} lacks {len(missing)} weights of a {type(encoder).__name__}, such as {missing[0]}")
+    return processor, encoder
+
+
+def read_processor(where: str, revision: str | None) -> Any:
+    try:
+        return AutoImageProcessor.from_pretrained(where, revision=revision, backend="pil")
+    except ImportError:
+        # DINOv3's exists for torchvision alone; the same steps on PIL differ from it by the rounding to 8 bits
+        return PilBackend.from_pretrained(where, revision=revision or "main")
+
+
+def pixels_of(processor: Any, images: Sequence[Image.Image]) -> Tensor:
+    return processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+
+
+def output_size(processor: Any, name: str) -> tuple[int, int]:
+    """(y, x) of every image that leaves the processor, by trying a wide one and a tall one."""
+    wide, tall = (pixels_of(processor, [Image.new("RGB", size)]) for size in ((64, 32), (32, 64)))
+    if wide.ndim != 4:
+        raise ValueError(
+            f"{name} cuts images into patches of its own (NaFlex): take a fixed-resolution checkpoint of the family"
+        )
+    if wide.shape != tall.shape:
+        shapes = f"{tuple(wide.shape[2:])} and {tuple(tall.shape[2:])}"
+        raise ValueError(f"{name} gives images of different sizes, such as {shapes}: set crop_size in its processor")
+    return wide.shape[2], wide.shape[3]
+
+
+def first_sentence(error: Exception) -> str:
+    return re.split(r"\.\s|\n", str(error).strip())[0]
