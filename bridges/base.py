@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +55,7 @@ def bridge_class(name: str) -> type[Bridge]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
+        if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module exists and misses something of its own
         near = get_close_matches(name, bridge_names(), n=1)
         hint = (
@@ -73,4 +74,4 @@ def bridge_names() -> list[str]:
     """The bridges that come with the library: every file beside this one that defines a Bridge."""
     folder = Path(__file__).parent
     files = [m.name for m in pkgutil.iter_modules([str(folder)]) if not m.ispkg]
-    return [name for name in files if "(Bridge)" in (folder / f"{name}.py").read_text()]
+    return [name for name in files if re.search(r"^class \w+\(Bridge\)", (folder / f"{name}.py").read_text(), re.M)]

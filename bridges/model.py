@@ -92,7 +92,8 @@ class BridgedModel(nn.Module):
             if pixel_values is None:
                 pixel_values = self.vision.preprocess([])
             features = self.vision(pixel_values.to(input_ids.device))
-        slots = self.bridge(features.to(input_ids.device).float()).slots
+        features = features.to(input_ids.device, next(self.bridge.parameters()).dtype)
+        slots = self.bridge(features).slots
         is_image = input_ids == self.image_token_id
         text = self.language.embed(input_ids.masked_fill(is_image, 0))
         return fill_slots(text, is_image, slots.to(text.dtype))

@@ -7,6 +7,7 @@ MiniGPT-v2 (2310.09478), pixel shuffle as in Idefics3 (2408.12637), average pool
 import math
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
@@ -45,19 +46,21 @@ class Projector(Bridge):
             raise ValueError(f"depth {depth} of the projector: it needs at least one linear layer")
         self.merge, self.factor = merge, factor
         self.num_slots = num_slots(num_patches, merge, factor)
-        width = vision_dim * channels_merged(merge, factor)
-        widths = [width] + [language_dim] * depth
+        self.width = vision_dim * channels_merged(merge, factor)
+        widths = [self.width] + [language_dim] * depth
         layers: list[nn.Module] = [nn.Linear(a, b, bias=bias) for a, b in zip(widths, widths[1:], strict=False)]
         for place in range(depth - 1, 0, -1):
             layers.insert(place, nn.GELU())
-        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
+        self.norm = nn.LayerNorm(self.width) if norm else nn.Identity()
         self.layers = nn.Sequential(*layers)
 
     def match_scale(self, embedding_rms: float) -> None:
-        """Slots start at the RMS of the token embeddings: for an input of unit RMS with `norm`, roughly so without."""
+        """Slots start at the RMS of the token embeddings: whatever comes in with `norm`, for unit RMS without."""
         last = self.layers[-1]
         assert isinstance(last, nn.Linear)
-        nn.init.normal_(last.weight, std=embedding_rms / math.sqrt(last.in_features))
+        with torch.no_grad():  # the layers before shrink what they are given, so the last makes up for it
+            inner = self.layers[:-1](torch.randn(256, self.width)).pow(2).mean().sqrt().item()
+        nn.init.normal_(last.weight, std=embedding_rms / (inner * math.sqrt(last.in_features)))
         if last.bias is not None:
             nn.init.zeros_(last.bias)
 

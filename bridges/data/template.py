@@ -1,7 +1,7 @@
 """Conversations become token ids with the language model's own chat template; targets are known by construction."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from jinja2.exceptions import TemplateError
@@ -12,23 +12,24 @@ from bridges.data.conversation import Turn, images_of
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN_ID = -1  # in no embedding table: the language model's vocabulary stays as it is
-IMAGE_MARK = "\uf8ff"  # private use, so it cannot stand in anyone's text by accident
-PLACE = re.compile("\ue000(\\d+)\ue001")
+IMAGE_MARK = "\ufdd0"  # three of Unicode's noncharacters: they stand in nobody's text
+PLACE = re.compile("\ufdd1(\\d+)\ufdd2")
 
 TEMPLATES = {
-    # Nothing but the words: caption alignment as in LLaVA's and MiniGPT-4's first stage, and language models without a chat.
+    # Nothing but the words: caption alignment as in LLaVA's and MiniGPT-4's first stage, and models without a chat.
     "plain": "{{ bos_token }}{% for m in messages %}{{ m.content }}"
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}",
+    # No prompt for a reply ends in a space: tokens take the space in front of a word with them.
     # Vicuna v0, with which MiniGPT-4 was trained.
     "vicuna0": "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}###Human: {{ m.content }}"
     "{% else %}###Assistant: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}###Assistant: {% endif %}",
+    "{% if add_generation_prompt %}###Assistant:{% endif %}",
     # Vicuna v1.1 and v1.5, with which LLaVA-1.5 was trained.
     "vicuna": "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ m.content }} {% elif m.role == 'user' %}USER: {{ m.content }} "
     "{% else %}ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT: {% endif %}",
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
 }
 
 
@@ -45,7 +46,7 @@ class Template:
     """`chat` is the tokenizer's own template; or one of `plain`, `vicuna0`, `vicuna`; or a Jinja text.
 
     `system` opens every conversation that has no system turn of its own.
-    Raises ValueError where the tokenizer has no template, where the template leaves out what the assistant says, or is no Jinja.
+    Raises ValueError where the tokenizer has no template, the template leaves out what someone says, or is no Jinja.
     """
 
     def __init__(
@@ -58,18 +59,20 @@ class Template:
         if source != "chat" and source not in TEMPLATES and "{" not in source:
             raise ValueError(f"no template {source!r}: choose chat, {known}")
         self.jinja = None if source == "chat" else TEMPLATES.get(source, source)
+        self.end = any_of(special_tokens(tokenizer))
         self.render([Turn("user", ["?"]), Turn("assistant", ["!"])])
 
     def render(self, turns: Sequence[Turn], reply: bool = False) -> tuple[str, list[tuple[int, int]]]:
-        """The text, a mark where each picture stands, and the spans (characters) of what the assistant says.
+        """The text, a mark where each picture stands, and the spans (characters) of what the assistant is to say.
 
+        That is its words, and what stands between them and the special token that ends its turn, with that token.
         `reply` ends the text where the assistant is to speak next. A conversation without
         a system turn gets `system`, where that is given.
         """
         if self.system is not None and turns[0].role != "system":
             turns = [Turn("system", [self.system]), *turns]
         words = [self._words(turn) for turn in turns]
-        messages = [{"role": turn.role, "content": f"\ue000{i}\ue001"} for i, turn in enumerate(turns)]
+        messages = [{"role": turn.role, "content": f"\ufdd1{i}\ufdd2"} for i, turn in enumerate(turns)]
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=reply, chat_template=self.jinja
@@ -77,18 +80,16 @@ class Template:
         except TemplateError as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
         assert isinstance(text, str)
-        pieces, spans, seen = "", [], set()
-        for part_index, part in enumerate(PLACE.split(text)):
-            if part_index % 2 == 0:
-                pieces += part
-                continue
-            turn = int(part)
-            seen.add(turn)
-            if turns[turn].role == "assistant":
-                spans.append((len(pieces), len(pieces) + len(words[turn])))
-            pieces += words[turn]
+        before, *parts = PLACE.split(text)
+        pieces, spans = before, []
+        for number, after in zip(parts[::2], parts[1::2], strict=True):
+            start, pieces = len(pieces), pieces + words[int(number)]
+            if turns[int(number)].role == "assistant":
+                end = self.end.search(after)
+                spans.append((start, len(pieces) + (end.end() if end else 0)))
+            pieces += after
         for i, turn in enumerate(turns):
-            if i not in seen and turn.role != "system":
+            if str(i) not in parts[::2]:
                 raise ValueError(f"the chat template leaves out what the {turn.role} says; it must print every message")
         return pieces, spans
 
@@ -101,14 +102,19 @@ class Template:
     def encode(self, turns: Sequence[Turn], reply: bool = False) -> Encoded:
         """Ids and labels of a conversation, each piece between pictures tokenized once.
 
-        The target is what the assistant says and the special token that ends it.
+        The target is what the assistant says and the special token that ends it. The very first token is none:
+        nothing stands before it to tell it from.
         """
         text, spans = self.render(turns, reply)
         ids, labels = self.tokenize(text, spans)
+        labels[:1] = [IGNORE_INDEX] * len(labels[:1])
         return Encoded(ids, labels, images_of(turns))
 
     def tokenize(self, text: str, spans: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[int]]:
-        """Ids of a rendered text and its labels; each picture's mark becomes `num_slots` image tokens."""
+        """Ids of a rendered text and its labels: the id where a token touches one of the `spans` (characters).
+
+        Each picture's mark becomes `num_slots` image tokens.
+        """
         ids: list[int] = []
         labels: list[int] = []
         start = 0
@@ -119,21 +125,19 @@ class Template:
                 start += len(IMAGE_MARK)
             encoded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
             ids += encoded["input_ids"]
-            labels += self._targets(encoded["input_ids"], encoded["offset_mapping"], start, spans)
+            for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                said = any(first + start < stop and last + start > begin for begin, stop in spans)
+                labels.append(token if said else IGNORE_INDEX)
             start += len(piece)
         return ids, labels
 
-    def _targets(
-        self, ids: list[int], offsets: list[tuple[int, int]], start: int, spans: Sequence[tuple[int, int]]
-    ) -> list[int]:
-        """A token is a target where it touches the assistant's words, and on to the special token that ends them."""
-        ends = set(self.tokenizer.all_special_ids)
-        labels, speaking = [], False
-        for token, (first, last) in zip(ids, offsets, strict=True):
-            inside = any(first + start < stop and last + start > begin for begin, stop in spans)
-            after = any(first + start >= stop for _, stop in spans)
-            speaking = inside or (speaking and after)
-            labels.append(token if speaking else IGNORE_INDEX)
-            if not inside and token in ends:
-                speaking = False
-        return labels
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The named ones (end of sequence, …) and those that only the list of added tokens knows, such as `<end_of_turn>`."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added | set(tokenizer.all_special_tokens)
+
+
+def any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """Matches the longest of the words, or nothing where there are none."""
+    return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or "(?!)")

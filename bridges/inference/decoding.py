@@ -20,7 +20,16 @@ def greedy(logits: Float[Tensor, "b vocab"]) -> Int[Tensor, "b"]:
 
 
 def sampler(temperature: float, top_p: float, seed: int) -> Choose:
-    """Draws from the smallest set of tokens that together have `top_p` of the probability; temperature 0 is greedy."""
+    """Draws from the smallest set of tokens that together have `top_p` of the probability; temperature 0 is greedy.
+
+    Raises ValueError for a temperature below 0, or a `top_p` that is no probability or 0.
+    """
+    if temperature < 0:
+        raise ValueError(
+            f"temperature {temperature} is below 0; 0 always takes the likeliest token, 1 draws as the model says"
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} must be above 0 and at most 1, which keeps every token")
     if temperature == 0:
         return greedy
     generator = torch.Generator().manual_seed(seed)
@@ -67,7 +76,7 @@ def answers(
     max_new_tokens: int = 64,
     choose: Choose = greedy,
 ) -> list[str]:
-    """What the assistant says to each conversation, all at once. `features` may replace the pictures' own, in reading order.
+    """What the assistant says to each conversation, all at once. `features` may replace the pictures, in reading order.
 
     Raises ValueError where a prompt and its answer do not fit the language model's context.
     """
@@ -90,7 +99,8 @@ def answers(
         done |= torch.isin(tokens, ends)
         if done.all() or len(said) == max_new_tokens:
             break
-    return [language.decode(until_end(row, language.end_ids)) for row in torch.stack(said, dim=1).tolist()]
+    words = [language.decode(until_end(row, language.end_ids)) for row in torch.stack(said, dim=1).tolist()]
+    return [text.rstrip("\N{REPLACEMENT CHARACTER}") for text in words]  # half a character, where the limit cut it
 
 
 def until_end(ids: Sequence[int], ends: frozenset[int]) -> list[int]:
@@ -100,7 +110,11 @@ def until_end(ids: Sequence[int], ends: frozenset[int]) -> list[int]:
 
 
 def room(language: LanguageTower, used: int, wanted: int) -> None:
-    """ValueError unless `used` tokens and `wanted` more fit the context."""
+    """ValueError unless there is a prompt (`used` tokens) and the `wanted` ones of the answer fit the context too."""
+    if wanted < 1:
+        raise ValueError(f"an answer of {wanted} tokens: max_new_tokens must be at least 1")
+    if used < 1:
+        raise ValueError("the prompt is empty; give it some text or an image")
     if language.context is not None and used + wanted > language.context:
         raise ValueError(
             f"a prompt of {used} tokens and an answer of {wanted} exceed the {language.context} positions that "

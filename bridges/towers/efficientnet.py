@@ -106,7 +106,7 @@ def fold(published: dict[str, Tensor]) -> dict[str, Tensor]:
         )
         gain = gain / (var + BATCH_NORM_EPS).sqrt()
         wider = conv.kernel_size[0] - weight.shape[-1]
-        conv.weight.data = F.pad(weight.double() * gain[:, None, None, None], (wider, 0, wider, 0)).float()
+        conv.weight.data = F.pad(weight.double() * gain[:, None, None, None], (wider, 0, wider, 0)).float().contiguous()
         assert conv.bias is not None
         conv.bias.data = (bias - mean * gain).float()
     return network.state_dict()

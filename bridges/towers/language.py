@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 
-from bridges.towers.bundled import resolve
+from bridges.towers.bundled import quiet_transformers, resolve
 from bridges.towers.precision import fastest_dtype
 
 
@@ -28,12 +29,19 @@ class LanguageTower(nn.Module):
         self.name, path = name_or_path, str(resolve(name_or_path))
         dtype = dtype or fastest_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         try:
-            config = AutoConfig.from_pretrained(path, revision=revision)
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, revision=revision)
-            self.model = AutoModelForCausalLM.from_pretrained(path, config=config, revision=revision, dtype=dtype)
-        except (OSError, ValueError) as error:
+            with quiet_transformers():
+                config = AutoConfig.from_pretrained(path, revision=revision)
+                self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, revision=revision)
+                self.model, report = AutoModelForCausalLM.from_pretrained(
+                    path, config=config, revision=revision, dtype=dtype, output_loading_info=True
+                )
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"no causal language model in {name_or_path!r}: {reason}") from error
+        if missing := sorted(report["missing_keys"]):  # transformers would make them up
+            raise ValueError(
+                f"{name_or_path} lacks {len(missing)} weights of a causal language model, such as {missing[0]}"
+            )
         self.requires_grad_(False)
         self.train(False)
         text = self.model.config.get_text_config()

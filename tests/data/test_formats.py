@@ -210,7 +210,7 @@ GOOD = '{"path": "red.png", "caption": "a"}\n'
         ("[1, 2]", "row 1: expected an object, found 1"),
         (
             GOOD + '{"url": "a", "words": "b"}',
-            r"line 2: expected messages .* LLaVA.*path.*caption.*; found keys url, words",
+            r"line 2: expected messages .*LLaVA.*path.*caption.*; found keys url, words",
         ),
         (
             "red.png,A red square\nblue.png,A blue one\n",
@@ -219,6 +219,7 @@ GOOD = '{"path": "red.png", "caption": "a"}\n'
         (GOOD + '{"path": 3, "caption": "a"}', "line 2: path must be text and not empty, found 3"),
         (GOOD + '{"path": "red.png", "caption": " "}', "line 2: caption must be text and not empty"),
         (GOOD + '{"path": "red.png", "caption": "\\ud83d"}', "line 2: .*surrogates not allowed"),
+        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "line 1: .*surrogates not allowed"),
         (GOOD + '{"messages": [{"role": "user", "content": "a"}]}', "line 2: a file holds chats or captions, not both"),
         ('{"messages": []}', "line 1: messages must be a list of turns and not empty"),
         ('{"messages": ["hello"]}', "line 1: a message must have a role and a content .* found 'hello'"),
@@ -276,6 +277,16 @@ def test_rows_of_an_array_are_cut_right_wherever_the_chunks_end(folder: Path):
         for chunk in (*range(1, 12), 1000):
             with (folder / "a.json").open(encoding="utf-8") as text:
                 assert list(formats._json_array(text, chunk)) == [(f"row {i}", row) for i, row in enumerate(rows, 1)]
+
+
+def test_a_malformed_row_of_an_array_is_named_with_its_line_wherever_the_chunks_end(folder: Path):
+    (folder / "a.json").write_text('[\n{"a": 1},\n\n{"a": oops}\n]')
+    for chunk in (1, 5, 1000):
+        with (
+            (folder / "a.json").open(encoding="utf-8") as text,
+            pytest.raises(ValueError, match=r"row 2 \(line 4\): not JSON"),
+        ):
+            list(formats._json_array(text, chunk))
 
 
 def test_the_rows_stay_on_disk_and_travel_to_a_worker_without_their_texts(folder: Path):

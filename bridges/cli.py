@@ -1,0 +1,177 @@
+"""The command `bridges`: one function a verb, no logic. Torch is imported by the verb that needs it, so help is quick."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from inspect import signature
+from pathlib import Path
+
+import docstring_parser
+from jsonargparse import ArgumentError, ArgumentParser
+from rich.console import Console
+
+from bridges import __version__
+
+
+def demo(output: str = "runs/demo") -> None:
+    """Train the demo's bridge on the bundled towers, measure it, and show what it says.
+
+    Args:
+        output: folder of the checkpoint; a run that was stopped goes on from there
+    """
+    from bridges.demo import run
+
+    run(Path(output))
+
+
+def evaluate(checkpoint: str, split: list[str] = [], size: int = 200) -> None:  # noqa: B006  shown in help
+    """Measure a checkpoint on held-out data, beside shuffled and blank pictures; writes evaluation.json and report.html.
+
+    Args:
+        checkpoint: folder that `bridges train` made
+        split: val (the default); of scenes also val_pairs (objects never seen together) and val_sprites (pictures never
+            seen); give the option again for more
+        size: number of examples of each split
+    """
+    from bridges.evaluation.run import evaluate
+
+    evaluate(checkpoint, split or ["val"], size)
+
+
+def generate(
+    checkpoint: str, prompt: str, image: list[str] = [], temperature: float = 0.0, max_new_tokens: int = 128  # noqa: B006
+) -> None:
+    """Answer one prompt about any number of pictures.
+
+    Args:
+        checkpoint: folder that `bridges train` made
+        prompt: what to ask
+        image: a picture; give the option again for more
+        temperature: 0 always takes the likeliest token
+        max_new_tokens: longest answer
+    """
+    from chat.terminal import run
+
+    run(checkpoint, images=image, prompt=prompt, temperature=temperature, max_new_tokens=max_new_tokens)
+
+
+def chat(
+    checkpoint: str, image: list[str] = [], temperature: float = 0.0, top_p: float = 1.0, max_new_tokens: int = 256, seed: int = 0  # noqa: B006
+) -> None:
+    """Talk about pictures. /help lists the commands; reads a pipe when there is no terminal.
+
+    Args:
+        checkpoint: folder that `bridges train` made
+        image: a picture to begin with; give the option again for more
+        temperature: 0 always takes the likeliest token
+        top_p: draw from the likeliest tokens that together have this probability
+        max_new_tokens: longest answer
+        seed: of what is drawn
+    """
+    from chat.terminal import run
+
+    run(checkpoint, images=image, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
+
+
+def train(recipe: str, overrides: list[str], resume: bool = False) -> None:
+    """Train a bridge as a recipe says; every key can be overridden: --train.lr 1e-3 --bridge.depth 2.
+
+    Args:
+        recipe: YAML file, or the name of one that comes with the library
+        resume: go on with the run in the output folder
+    """
+    from bridges.config import read_recipe
+    from bridges.training.loop import train
+
+    output = train(read_recipe(find_recipe(recipe), overrides), resume)
+    Console().print(f"done: bridges evaluate {output}   bridges chat {output}", highlight=False)
+
+
+def inspect(recipe: str, overrides: list[str], samples: int = 3) -> None:
+    """Print samples as the language model will see them, picture slots and targets coloured, before paying for a run.
+
+    Args:
+        recipe: YAML file, or the name of one that comes with the library
+        samples: how many examples
+    """
+    from bridges.config import read_recipe
+    from bridges.training.inspection import inspect
+
+    inspect(read_recipe(find_recipe(recipe), overrides), samples)
+
+
+VERBS: dict[str, Callable[..., None]] = {v.__name__: v for v in (demo, train, evaluate, generate, chat, inspect)}
+
+
+def find_recipe(name: str) -> str:
+    """A path as it is; a bare name such as `demo` or `demo.yaml` may also be a recipe of the library."""
+    own = Path(__file__).parents[1] / "recipes" / (name if name.endswith(".yaml") else f"{name}.yaml")
+    return str(own) if not Path(name).exists() and "/" not in name and own.is_file() else name
+
+
+def parser() -> ArgumentParser:
+    """Built from the verbs' signatures and docstrings."""
+    about = "Give a frozen language model eyes. More about a verb: bridges VERB --help"
+    top = ArgumentParser(prog="bridges", description=about, exit_on_error=False)
+    top.add_argument("--version", action="version", version=f"bridges {__version__}")
+    verbs = top.add_subcommands(dest="verb", metavar="VERB", title="verbs", description=" ")
+    for name, verb in VERBS.items():
+        doc = docstring_parser.parse(verb.__doc__ or "")
+        one = ArgumentParser(description=doc.short_description, exit_on_error=False)
+        if "overrides" in signature(verb).parameters:
+            one.usage = f"bridges {name} RECIPE [options] [--train.steps 100 --bridge.depth 2 …]"
+        several = [key for key, p in signature(verb).parameters.items() if p.default == []]
+        told = {p.arg_name: p.description for p in doc.params}
+        for key in several:
+            one.add_argument(f"--{key}", action="append", default=[], help=told[key])
+        one.add_function_arguments(verb, as_group=False, as_positional=True, skip={*several, "overrides", "prompt"})
+        if "prompt" in told:
+            one.add_argument("--prompt", required=True, help=told["prompt"])
+        verbs.add_subcommand(name, one, help=doc.short_description)
+    return top
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The verb's own arguments, and those that override a key of the recipe (with their values)."""
+    from bridges.config import Recipe
+
+    tops = tuple(f"--{entry.name}" for entry in fields(Recipe))
+    own: list[str] = []
+    overrides: list[str] = []
+    taken = own
+    for argument in arguments:
+        if argument.startswith("--"):
+            taken = overrides if argument.split("=")[0].split(".")[0] in tops else own
+        taken.append(argument)
+        if not argument.startswith("--") or "=" in argument:
+            taken = own
+    return own, overrides
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a verb. What the user can mend is one line on stderr and exit code 2; Ctrl-C is 130."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    overrides: list[str] = []
+    try:
+        if arguments[:1] and arguments[0] in ("train", "inspect"):
+            arguments, overrides = split_overrides(arguments)
+        options = parser().parse_args(arguments or ["--help"]).as_dict()
+        verb = options["verb"]
+        given = {**options[verb], **({"overrides": overrides} if overrides or verb in ("train", "inspect") else {})}
+        VERBS[verb](**given)
+    except (ValueError, ArgumentError) as error:
+        sys.exit(complain(error))
+    except KeyboardInterrupt as error:
+        print(f"bridges: {error or 'stopped'}", file=sys.stderr)
+        sys.exit(130)
+
+
+def complain(error: Exception) -> int:
+    """One line that says what is wrong."""
+    line = " ".join(str(getattr(error, "message", None) or error).split())
+    print(f"bridges: {line}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

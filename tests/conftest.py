@@ -1,0 +1,185 @@
+"""Tiny real models, made from configs, saved to disk with tokenizer and image processor, and loaded by the real code."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from bridges.checkpoint import Assembled, build, save_checkpoint
+from bridges.config import Recipe, recipe_from
+from bridges.towers.language import LanguageTower
+
+torch.set_num_threads(2)
+
+SENTENCES = [
+    "There is a cat on the left of the red house, and a dog that looks at it.",
+    "What is in the picture? Describe the image. How many birds are there? Is it a cat? Name it.",
+    "Yes. No. A cat. Two small birds sit above the blue car. The house is larger than the tree.",
+    "user assistant system You are a helpful assistant. The answer is four, I think.",
+]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+SIZES: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+GROUPED: dict[str, Any] = dict(SIZES, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=512)
+SLEEPY: dict[str, Any] = dict(attention_dropout=0.5)
+# Every family that takes positions, with dropout that a frozen tower must not wake.
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "llama": lambda **k: LlamaConfig(**GROUPED, **SLEEPY, **k),
+    "qwen3": lambda **k: Qwen3Config(**GROUPED, **SLEEPY, head_dim=8, **k),
+    "gemma3": lambda **k: Gemma3TextConfig(**GROUPED, **SLEEPY, head_dim=8, query_pre_attn_scalar=8, **k),
+    "mistral": lambda **k: MistralConfig(**GROUPED, **SLEEPY, **k),
+    "phi3": lambda **k: Phi3Config(**GROUPED, **SLEEPY, resid_pdrop=0.5, embd_pdrop=0.5, **k),
+    "gpt2": lambda **k: GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5, **k
+    ),
+    "opt": lambda **k: OPTConfig(
+        **SIZES, **SLEEPY, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=512, dropout=0.5, **k
+    ),
+    "gpt_neox": lambda **k: GPTNeoXConfig(
+        **SIZES, **SLEEPY, intermediate_size=48, max_position_embeddings=512, hidden_dropout=0.5, **k
+    ),
+}
+
+
+def make_tokenizer(
+    specials: list[str], template: str | None = None, trim_offsets: bool = False, **named: str
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on a few sentences: any text has ids, and ids have their text back."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + 120, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **named)
+
+
+def chatml_tokenizer() -> PreTrainedTokenizerFast:
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    return make_tokenizer(
+        specials, CHATML, bos_token=specials[0], pad_token=specials[0], unk_token=specials[0], eos_token=specials[2]
+    )
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights with which every activation, norm, bias and scale shows in the result; those of a fresh model hide them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
+    return model
+
+
+def tiny_language(family: str, folder: Path, seed: int = 0, **options: Any) -> Path:
+    """A language model of one of FAMILIES, with a ChatML tokenizer, in a folder."""
+    tokenizer = chatml_tokenizer()
+    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
+    config = FAMILIES[family](vocab_size=len(tokenizer), **ends, **options)
+    randomise(AutoModelForCausalLM.from_config(config), seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_vision(folder: Path, seed: int = 0, hidden_size: int = 16) -> Path:
+    """A CLIP of 4 x 4 patches and a CLS token, with its image processor, in a folder."""
+    config = CLIPVisionConfig(
+        hidden_size=hidden_size,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        attention_dropout=0.5,
+    )
+    randomise(CLIPVisionModel(config), seed).save_pretrained(folder)
+    side = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_vision(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model of each family."""
+    return tiny_language(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def family(family_folder: Path) -> LanguageTower:
+    """The tower of each family."""
+    return LanguageTower(str(family_folder), dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_language("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def recipe(tiny_clip: Path, tiny_llama: Path, tmp_path: Path) -> Recipe:
+    return recipe_from(
+        {
+            "output": str(tmp_path / "run"),
+            "vision": {"name": str(tiny_clip), "layer": -2},
+            "language": {"name": str(tiny_llama)},
+            "bridge": {"name": "projector", "depth": 2},
+            "train": {"steps": 2, "batch": 4},
+        }
+    )
+
+
+@pytest.fixture
+def assembled(recipe: Recipe) -> Assembled:
+    """A model of its own for every test, so that a test may train it."""
+    return build(recipe)
+
+
+@pytest.fixture
+def tiny_checkpoint(assembled: Assembled) -> Path:
+    folder = Path(assembled.recipe.output)
+    save_checkpoint(folder, assembled)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[Image.Image]:
+    """Three pictures of noise, of different sizes."""
+    noise = np.random.default_rng(0)
+    return [
+        Image.fromarray(noise.integers(0, 255, (y, x, 3), dtype=np.uint8)) for y, x in ((32, 32), (48, 40), (20, 64))
+    ]

@@ -1,0 +1,65 @@
+import time
+
+import pytest
+import torch
+
+from bridges.towers import precision
+from bridges.towers.precision import bfloat16_wins, fastest_dtype, has_bfloat16_instructions
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    fastest_dtype.cache_clear()
+    yield
+    fastest_dtype.cache_clear()
+
+
+def test_a_cpu_without_bfloat16_instructions_takes_float32(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert fastest_dtype(CPU) is torch.float32
+
+
+@pytest.mark.parametrize("flag", ["_is_amx_tile_supported", "_is_avx512_bf16_supported"])
+@pytest.mark.parametrize(("wins", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_instructions_alone_do_not_decide_the_race_does(monkeypatch, flag, wins, expected):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == flag)
+    times = {torch.bfloat16: 1.0 if wins else 3.0, torch.float32: 2.0}
+    monkeypatch.setattr(precision, "seconds", times.__getitem__)
+    assert fastest_dtype(CPU) is expected
+
+
+@pytest.mark.skipif(has_bfloat16_instructions(), reason="this CPU has bfloat16")
+def test_emulated_bfloat16_loses_a_real_race():
+    assert not bfloat16_wins()
+
+
+def test_the_race_is_short_and_run_once(monkeypatch):
+    races = []
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(precision, "bfloat16_wins", lambda: not races.append(bfloat16_wins()))
+    start = time.perf_counter()
+    assert fastest_dtype(CPU) is fastest_dtype(CPU) is torch.bfloat16
+    assert time.perf_counter() - start < 1  # 0.1 s on a quiet machine
+    assert len(races) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16), ((6, 1), torch.float32)],
+)
+def test_a_gpu_takes_bfloat16_from_ampere_on(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fastest_dtype(torch.device("cuda")) is expected
+
+
+def test_without_a_device_it_is_this_machines(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert fastest_dtype() is fastest_dtype(CPU)
+    fastest_dtype.cache_clear()
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert fastest_dtype() is torch.float16
