@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -49,7 +50,10 @@ def build(recipe: Recipe) -> Assembled:
 def build_bridge(
     options: dict[str, Any], vision_dim: int, num_patches: int, language_dim: int, num_layers: int
 ) -> Bridge:
-    """The bridge that a YAML describes. ValueError for an option that it does not have; the nearest one is named."""
+    """The bridge that a YAML describes.
+
+    Raises ValueError for an option that it does not have (the nearest one is named), or a value of the wrong type.
+    """
     if "name" not in options:
         raise ValueError("bridge: its name is missing, e.g. bridge: {name: projector}")
     options = dict(options)
@@ -59,7 +63,15 @@ def build_bridge(
         if key not in keywords:
             near = get_close_matches(key, keywords, n=1) or keywords
             raise ValueError(f"bridge {chosen.__name__} has no option {key!r}; did you mean {' or '.join(near)}?")
-    return chosen(vision_dim, num_patches, language_dim, num_layers, **options)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(
+        chosen, skip={"vision_dim", "num_patches", "language_dim", "num_layers"}, fail_untyped=False
+    )
+    try:
+        read = parser.parse_object(options)
+    except ArgumentError as error:
+        raise ValueError(f"bridge {chosen.__name__}: {' '.join(str(error).split())}") from error
+    return chosen(vision_dim, num_patches, language_dim, num_layers, **{key: read[key] for key in options})
 
 
 def save_checkpoint(folder: Path, assembled: Assembled) -> None:
@@ -93,7 +105,10 @@ def load(folder: str | Path) -> Assembled:
 def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise ValueError(f"no checkpoint in {folder}: {CONFIG} is missing; `bridges train RECIPE` makes one")
-    config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    try:
+        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{folder / CONFIG} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict) or "towers" not in config:
         raise ValueError(f"{folder / CONFIG} is no checkpoint's: it does not say which towers")
     return config

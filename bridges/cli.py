@@ -121,10 +121,14 @@ def parser() -> ArgumentParser:
         if "overrides" in signature(verb).parameters:
             one.usage = f"bridges {name} RECIPE [options] [--train.steps 100 --bridge.depth 2 …]"
         several = [key for key, p in signature(verb).parameters.items() if p.default == []]
+        switches = [key for key, p in signature(verb).parameters.items() if p.default is False]
         told = {p.arg_name: p.description for p in doc.params}
         for key in several:
             one.add_argument(f"--{key}", action="append", default=[], help=told[key])
-        one.add_function_arguments(verb, as_group=False, as_positional=True, skip={*several, "overrides", "prompt"})
+        for key in switches:
+            one.add_argument(f"--{key}", action="store_true", help=told[key])
+        by_hand = {*several, *switches, "overrides", "prompt"}
+        one.add_function_arguments(verb, as_group=False, as_positional=True, skip=by_hand)
         if "prompt" in told:
             one.add_argument("--prompt", required=True, help=told["prompt"])
         verbs.add_subcommand(name, one, help=doc.short_description)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from bridges.towers.vision import VisionTower
 
 PADDING = -1
 SHARED = 0
+LONGEST_LINE = 1024  # tokens; beyond it the blocks of the mask that nobody sees cost more than padding
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,31 @@ class BridgedModel(nn.Module):
     ) -> Float[Tensor, "s vocab"]:
         """Logits after the positions `at`. Images come as pixels or as features of the vision tower, all rows' in reading order."""
         embeds = self.embed(input_ids, pixel_values, features)
-        shared = self._constant_prefix(input_ids, segments, at)
+        shared = self._constant_prefix(input_ids, segments, positions, at)
+        kept = segments != PADDING
+        if not kept.all() and int(kept.sum()) <= LONGEST_LINE and self.language.shares(int(positions.max()) + 1):
+            return self._read_in_line(embeds, input_ids, segments, positions, at, shared)
         cache = self._prefix_cache(input_ids[0, :shared], len(input_ids)) if shared else None
         return self._read(embeds, segments, positions, at, shared, cache)
+
+    def _read_in_line(
+        self,
+        embeds: Float[Tensor, "b t d"],
+        input_ids: Int[Tensor, "b t"],
+        segments: Int[Tensor, "b t"],
+        positions: Int[Tensor, "b t"],
+        at: tuple[Int[Tensor, "s"], Int[Tensor, "s"]],
+        cached: int,
+    ) -> Float[Tensor, "s vocab"]:
+        """The language model over all rows end to end, so that nothing is padded: the same logits from fewer tokens."""
+        kept = segments != PADDING
+        kept[:, :cached] = False
+        rows, _ = kept.nonzero(as_tuple=True)
+        mask = attention_mask(segments[kept][None], self.language.dtype, rows=rows[None])
+        mask = F.pad(mask, (cached, 0))  # the cached prefix is everyone's
+        place = rearrange(rearrange(kept, "b t -> (b t)").cumsum(0) - 1, "(b t) -> b t", b=len(kept))[at]
+        cache = self._prefix_cache(input_ids[0, :cached], 1) if cached else None
+        return self.language(embeds[kept][None], mask, positions[kept][None], (torch.zeros_like(place), place), cache)
 
     def prefill(
         self,
@@ -60,7 +84,7 @@ class BridgedModel(nn.Module):
         embeds = self.embed(input_ids, pixel_values, features)
         rows = torch.arange(len(input_ids), device=input_ids.device)
         at = (rows, torch.full_like(rows, input_ids.shape[1] - 1))
-        shared = self._constant_prefix(input_ids, segments, at)
+        shared = self._constant_prefix(input_ids, segments, positions, at)
         cache = self._prefix_cache(input_ids[0, :shared], len(rows)) if shared else self.language.empty_cache()
         return self._read(embeds, segments, positions, at, shared, cache), cache
 
@@ -74,6 +98,12 @@ class BridgedModel(nn.Module):
         cache: DynamicCache | None,
     ) -> Float[Tensor, "s vocab"]:
         """The language model over the columns that are not cached yet."""
+        longest = int(positions.max()) + 1
+        if not self.language.shares(longest) and not contiguous(segments):
+            raise ValueError(
+                f"{self.language.name} cannot read texts of {longest} tokens packed, or padded amid a row: it has no "
+                f"positions to restart, or its window of {self.language.window} is shorter; give it plain rows"
+            )
         mask = attention_mask(segments, self.language.dtype, skip=cached)
         rows, columns = at
         return self.language(embeds[:, cached:], mask, positions[:, cached:], (rows, columns - cached), cache)
@@ -98,12 +128,16 @@ class BridgedModel(nn.Module):
         text = self.language.embed(input_ids.masked_fill(is_image, 0))
         return fill_slots(text, is_image, slots.to(text.dtype))
 
-    def _constant_prefix(self, input_ids: Tensor, segments: Tensor, at: tuple[Tensor, Tensor]) -> int:
+    def _constant_prefix(
+        self, input_ids: Tensor, segments: Tensor, positions: Tensor, at: tuple[Tensor, Tensor]
+    ) -> int:
         """How many first columns are the same text in every row, so that their keys and values are a constant."""
+        if not self.language.shares(int(positions.max()) + 1):
+            return 0
         same = (input_ids == input_ids[0]) & (input_ids != self.image_token_id) & (segments == SHARED)
         length = int(same.all(0).long().cumprod(0).sum())
         length = min([length, int(at[1].min())] if len(at[1]) else [length])
-        return length if self.language.takes_positions and length < input_ids.shape[1] else 0
+        return length if length < input_ids.shape[1] else 0
 
     @torch.no_grad()
     def _prefix_cache(self, ids: Int[Tensor, "p"], rows: int) -> DynamicCache:
@@ -135,7 +169,9 @@ def fill_slots(
     return embeds.index_put((rows, columns), rearrange(slots, "n k d -> (n k) d"))
 
 
-def attention_mask(segments: Int[Tensor, "b t"], dtype: torch.dtype, skip: int = 0) -> Tensor:
+def attention_mask(
+    segments: Int[Tensor, "b t"], dtype: torch.dtype, skip: int = 0, rows: Int[Tensor, "b t"] | None = None
+) -> Tensor:
     """Who sees whom, from the segments alone: 0 is shared by the row, 1, 2, … are its texts, -1 is padding.
 
     A position sees itself, what is shared and what belongs to its own text, never ahead. With two texts:
@@ -151,15 +187,24 @@ def attention_mask(segments: Int[Tensor, "b t"], dtype: torch.dtype, skip: int =
 
     Plain rows get the usual `b t` mask (1 = token, 0 = padding), others an additive `b 1 t t` one.
     `skip` leaves out the queries of as many first columns (their keys and values are cached).
+    `rows` says of which row a position is, where several stand end to end: they do not see each other.
     """
-    if int(segments.max()) <= 1:
+    if rows is None and int(segments.max()) <= 1:
         return (segments != PADDING).long()
     query, key = rearrange(segments, "b t -> b t 1"), rearrange(segments, "b t -> b 1 t")
     causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     visible = ((key == query) | (key == SHARED)) & causal
+    if rows is not None:
+        visible &= rearrange(rows, "b t -> b t 1") == rearrange(rows, "b t -> b 1 t")
     blocked = torch.zeros(visible.shape, dtype=dtype, device=segments.device)
     blocked.masked_fill_(~visible, torch.finfo(dtype).min)
     return rearrange(blocked, "b q k -> b 1 q k")[:, :, skip:]
+
+
+def contiguous(segments: Int[Tensor, "b t"]) -> bool:
+    """Whether every row is one text, with padding on one side only: then columns are as far apart as positions."""
+    padding = segments == PADDING
+    return bool((segments <= SHARED).all() and ((padding[:, 1:] != padding[:, :-1]).sum(1) <= 1).all())
 
 
 def predecessors(segments: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:

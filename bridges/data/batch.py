@@ -48,8 +48,8 @@ class Batch:
 def pack(texts: Sequence[Encoded]) -> Row:
     """Texts that begin alike become one row: their common beginning once, then what is each one's own.
 
-        <user> PPPP Is it a cat? <assistant> Yes.        segments   0 0000 1 1 1 1 1 1  2 2 2 2
-        <user> PPPP Name it.     <assistant> A cat.      positions  0 1234 5 6 7 8 9 10 5 6 7 8
+        <user> PPPP Is it a cat? <assistant> Yes.        segments   0 0000 1 1 1 1 1 1  2 2 2 2 2
+        <user> PPPP Name it.     <assistant> A cat.      positions  0 1234 5 6 7 8 9 10 5 6 7 8 9
 
     Positions of every text go on where the shared beginning ends, so a text is computed as if it stood alone.
     """
@@ -100,8 +100,16 @@ def images_within(text: Encoded, length: int) -> list[Image.Image]:
 
 def rows_of(example: Example, template: Template, max_length: int | None = None, share: bool = True) -> list[Row]:
     """The row of an example; one row for each text where the language model cannot share."""
-    texts = [shorten(template.encode(c.turns), max_length) for c in example.conversations]
+    texts = [without_tail(shorten(template.encode(c.turns), max_length)) for c in example.conversations]
     return [pack(texts)] if share else [pack([text]) for text in texts]
+
+
+def without_tail(text: Encoded) -> Encoded:
+    """Nothing is learned from what stands after the last target, so it is not computed."""
+    last = max((place for place, label in enumerate(text.labels) if label != IGNORE_INDEX), default=len(text.ids) - 1)
+    if IMAGE_TOKEN_ID in text.ids[last + 1 :]:
+        return text
+    return Encoded(text.ids[: last + 1], text.labels[: last + 1], text.images)
 
 
 def shorten(text: Encoded, max_length: int | None) -> Encoded:
@@ -116,13 +124,14 @@ def shorten(text: Encoded, max_length: int | None) -> Encoded:
     return Encoded(text.ids[:max_length], text.labels[:max_length], text.images)
 
 
-def collate(rows: Sequence[Row], preprocess: Preprocess | None = None, left: bool = False) -> Batch:
+def collate(rows: Sequence[Row], preprocess: Preprocess | None = None, left: bool = False, share: bool = True) -> Batch:
     """Rows padded to the longest: on the right for training; for generation on the left, so that all end together.
 
-    Left padding stands after the text that all rows begin with, which can then be computed once for all.
+    Left padding stands after the text that all rows begin with, which can then be computed once for all; in front of
+    everything where the language model cannot `share`.
     """
     width = max(len(row.ids) for row in rows)
-    begin = common_text([row.ids for row in rows]) if left else 0
+    begin = common_text([row.ids for row in rows]) if left and share else 0
 
     def padded(values: list[list[int]], fill: int) -> Tensor:
         gaps = [[fill] * (width - len(v)) for v in values]

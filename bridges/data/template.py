@@ -65,7 +65,8 @@ class Template:
     def render(self, turns: Sequence[Turn], reply: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text, a mark where each picture stands, and the spans (characters) of what the assistant is to say.
 
-        That is its words, and what stands between them and the special token that ends its turn, with that token.
+        That is its words, the spaces that the template puts in front of them (a prompt for a reply ends without), and
+        what stands between them and the special token that ends its turn, with that token.
         `reply` ends the text where the assistant is to speak next. A conversation without
         a system turn gets `system`, where that is given.
         """
@@ -83,11 +84,12 @@ class Template:
         before, *parts = PLACE.split(text)
         pieces, spans = before, []
         for number, after in zip(parts[::2], parts[1::2], strict=True):
-            start, pieces = len(pieces), pieces + words[int(number)]
+            start = len(pieces) - (len(before) - len(before.rstrip(" ")))
+            pieces += words[int(number)]
             if turns[int(number)].role == "assistant":
                 end = self.end.search(after)
                 spans.append((start, len(pieces) + (end.end() if end else 0)))
-            pieces += after
+            pieces, before = pieces + after, after
         for i, turn in enumerate(turns):
             if str(i) not in parts[::2]:
                 raise ValueError(f"the chat template leaves out what the {turn.role} says; it must print every message")

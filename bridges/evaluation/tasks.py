@@ -1,6 +1,6 @@
 """What a model says about held-out pictures, with the right picture, another one and none; and the table of it all."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from bridges.checkpoint import Assembled
-from bridges.data.batch import collate, pack
+from bridges.data.batch import collate, rows_of
 from bridges.data.conversation import Conversation, Example, Turn, images_of
 from bridges.data.template import IGNORE_INDEX
 from bridges.evaluation.metrics import accuracy, bleu, bleu_counts, cider_d, f1, interval, majority, naming
@@ -20,6 +20,7 @@ from bridges.objectives.language import target_nll
 
 Metric = dict[str, float | int | None]
 Statistic = Callable[[np.ndarray], float]
+Seen = Callable[[Sequence[Image.Image]], Tensor]
 
 LONGEST_CAPTION, LONGEST_ANSWER = 40, 10  # new tokens
 
@@ -73,12 +74,11 @@ def listen(assembled: Assembled, examples: Sequence[Example]) -> list[Said]:
     for control in CONTROLS:
         features = controlled(right, vision, control)
 
-        def seen(conversations: Sequence[Sequence[Turn]], features: Tensor = features) -> Float[Tensor, "n p v"]:
-            return features[[place[id(i)] for turns in conversations for i in images_of(turns)]]
+        def seen(images: Sequence[Image.Image], features: Tensor = features) -> Float[Tensor, "n p v"]:
+            return features[[place[id(i)] for i in images]]
 
-        for one in said:
-            chosen = captions_of(one.example) or list(one.example.conversations)
-            one.nll[control] = nll_of(assembled, chosen, seen)
+        for one, nll in zip(said, nll_of(assembled, examples, seen), strict=True):
+            one.nll[control] = nll
         asked = [captions_of(e)[0].turns[:-1] if captions_of(e) else None for e in examples]
         captioned = reply(assembled, [turns for turns in asked if turns], seen, LONGEST_CAPTION)
         for one, turns in zip(said, asked, strict=True):
@@ -96,21 +96,26 @@ def unique(pictures: Iterable[Image.Image]) -> list[Image.Image]:
     return list({id(picture): picture for picture in pictures}.values())
 
 
-def reply(
-    assembled: Assembled, prompts: Sequence[Sequence[Turn]], seen: Callable[..., Tensor], longest: int
-) -> "Iterable[str]":
-    return iter(answers(assembled, prompts, seen(prompts), longest) if prompts else [])
+def reply(assembled: Assembled, prompts: Sequence[Sequence[Turn]], seen: Seen, longest: int) -> Iterator[str]:
+    """The model's answers, one after another."""
+    images = [image for turns in prompts for image in images_of(turns)]
+    return iter(answers(assembled, prompts, seen(images), longest) if prompts else [])
 
 
-def nll_of(
-    assembled: Assembled, conversations: Sequence[Conversation], seen: Callable[..., Tensor]
-) -> tuple[float, int]:
-    """Summed negative log-likelihood (nats) of what the assistant says, and the number of tokens of it."""
-    model, template, _ = assembled
-    turns = [c.turns for c in conversations]
-    batch = collate([pack([template.encode(t)]) for t in turns]).to(model.language.device)
-    batch.features = seen(turns)
-    return float(target_nll(model, batch).sum()), int((batch.labels != IGNORE_INDEX).sum())
+def nll_of(assembled: Assembled, examples: Sequence[Example], seen: Seen) -> list[tuple[float, int]]:
+    """For each example the summed negative log-likelihood (nats) of its captions and their number of tokens."""
+    model, template, recipe = assembled
+    rows, owner = [], []
+    for number, example in enumerate(examples):
+        chosen = Example(captions_of(example) or example.conversations)
+        own = rows_of(chosen, template, recipe.data.max_length, model.language.shares(recipe.data.max_length))
+        rows += own
+        owner += [number] * len(own)
+    batch = collate(rows).to(model.language.device)
+    batch.features = seen([image for row in rows for image in row.images])
+    nll = target_nll(model, batch).double().cpu()
+    whose = torch.tensor(owner)[(batch.labels != IGNORE_INDEX).nonzero(as_tuple=True)[0].cpu()]
+    return [(float(nll[whose == number].sum()), int((whose == number).sum())) for number in range(len(examples))]
 
 
 def tabulate(said: Sequence[Said], named: Callable[[str], frozenset[str]]) -> dict[str, Metric]:

@@ -86,7 +86,7 @@ class EfficientNetLite0(nn.Module):
         assert not any(side % 32 for side in pixel_values.shape[-2:]), "the uneven padding needs even sides throughout"
         if pixel_values.device.type != "cpu":
             return Features((self.layers(pixel_values),))
-        # eight images at a time stay in the CPU's cache: a quarter faster than 32
+        # eight images at a time stay in the CPU's cache: a tenth to a half faster than 32 at once
         return Features((torch.cat([self.layers(part) for part in pixel_values.split(8)]),))
 
 
@@ -127,6 +127,7 @@ def convert(published: Path, folder: Path) -> None:
 
 def load(folder: Path) -> EfficientNetLite0:
     """The network that `convert` wrote into `folder`."""
-    network = EfficientNetLite0()
-    network.load_state_dict(load_file(folder / "model.safetensors"))
+    with torch.device("meta"):  # no time for random weights that are overwritten at once
+        network = EfficientNetLite0()
+    network.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
     return network

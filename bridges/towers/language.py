@@ -59,6 +59,13 @@ class LanguageTower(nn.Module):
         """Frozen is frozen: dropout stays asleep."""
         return super().train(False)
 
+    def shares(self, longest: int) -> bool:
+        """Whether texts of at most `longest` tokens can share a row and its beginning, each as if it stood alone.
+
+        That takes positions that restart, and no layer with a shorter window: windows count columns, not positions.
+        """
+        return self.takes_positions and (self.window is None or longest <= self.window)
+
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device

@@ -60,7 +60,7 @@ class VisionTower(nn.Module):
         shapes = self._shapes_of_states()
         if not -len(shapes) <= layer < len(shapes):
             raise ValueError(
-                f"{name_or_path} has no layer {layer}: its hidden states are -{len(shapes)} … {len(shapes) - 1}"
+                f"{self.name} has no layer {layer}: its hidden states are -{len(shapes)} … {len(shapes) - 1}"
             )
         self.layer, self.keep_cls = layer % len(shapes), keep_cls
         self._is_map = len(shapes[self.layer]) == 4
@@ -69,7 +69,7 @@ class VisionTower(nn.Module):
             raise ValueError(f"keep_cls: {name_or_path} has no CLS token, only {self.grid[0]} x {self.grid[1]} patches")
         self.num_patches = self.grid[0] * self.grid[1] + keep_cls
         self._fingerprint = self._take_fingerprint()
-        if self._is_map:  # two to three times faster on a CPU, and what a GPU's half precision wants
+        if self._is_map:  # up to three times faster on a CPU, and what half precision on a GPU wants
             self.encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.encoder.to(dtype or fastest_dtype())
 
@@ -89,10 +89,9 @@ class VisionTower(nn.Module):
 
         Raises ValueError for images of another size than `image_size`.
         """
-        if tuple(pixel_values.shape[-2:]) != self.image_size:
-            raise ValueError(
-                f"{self.name} takes images of {self.image_size} (y, x), got {tuple(pixel_values.shape[-2:])}"
-            )
+        size = tuple(pixel_values.shape[-2:])
+        if size != self.image_size:
+            raise ValueError(f"{self.name} takes images of {self.image_size} (y, x), got {size}")
         pixel_values = pixel_values.to(self.dtype)
         if not len(pixel_values):
             return pixel_values.new_empty(0, self.num_patches, self.dim)
@@ -123,32 +122,29 @@ class VisionTower(nn.Module):
         state = {key: tensor.to("meta") for key, tensor in tensors}
         image = torch.empty(1, 3, *self.image_size, device="meta")
         try:
-            output = functional_call(self.encoder, state, (image,), {"output_hidden_states": True})
+            states = functional_call(self.encoder, state, (image,), {"output_hidden_states": True}).hidden_states
+            return [tuple(hidden.shape) for hidden in states]
         except (ValueError, TypeError, RuntimeError) as error:
             size = "{} x {}".format(*self.image_size)
-            raise ValueError(
-                f"{self.name} cannot take the {size} images of its own processor: {first_sentence(error)}"
-            ) from error
-        return [tuple(hidden.shape) for hidden in output.hidden_states]
+            reason = f"cannot take the {size} images of its own processor: {first_sentence(error)}"
+            raise ValueError(f"{self.name} {reason}") from error
 
     def _arrangement(self, shape: tuple[int, ...]) -> tuple[tuple[int, int], int, int]:
         """(grid, width, tokens before the first patch) of a hidden state of this shape."""
         if self._is_map:
             return (shape[2], shape[3]), shape[1], 0
         _, tokens, dim = shape
-        patch = self.encoder.config.patch_size
+        patch = getattr(self.encoder.config, "patch_size", 1)  # without one, halved from single pixels
         patch_y, patch_x = (patch, patch) if isinstance(patch, int) else patch
         rows, columns = self.image_size[0] // patch_y, self.image_size[1] // patch_x
         while rows * columns > tokens:  # hierarchical encoders halve the grid, and have patches only
             rows, columns = rows // 2, columns // 2
             if rows * columns < tokens:
-                raise ValueError(
-                    f"{self.name} gives {tokens} tokens, which are no grid of patches of a {self.image_size} image"
-                )
+                raise ValueError(f"{self.name} gives {tokens} tokens, no grid of patches of a {self.image_size} image")
         prefix = tokens - rows * columns
         if prefix > 16:
             raise ValueError(
-                f"{self.name} gives {tokens} tokens for {rows} x {columns} patches: {prefix} are something else"
+                f"{self.name} gives {tokens} tokens, but has {rows} x {columns} patches: not an encoder of them"
             )
         return (rows, columns), dim, prefix
 
@@ -173,9 +169,8 @@ def read(name: str, where: str, revision: str | None) -> tuple[Any, Any]:
         if family.main_input_name != "pixel_values":
             raise ValueError(f"{config.model_type} is no image encoder")
         processor = read_processor(where, revision)
-        encoder, report = AutoModel.from_pretrained(
-            where, config=config, revision=revision, dtype="auto", output_loading_info=True
-        )
+        options = {"config": config, "revision": revision, "dtype": "auto", "output_loading_info": True}
+        encoder, report = AutoModel.from_pretrained(where, **options)
     except KeyError as error:
         raise ValueError(f"no image encoder in {name!r}: transformers has none for {first_sentence(error)}") from error
     except (OSError, ValueError) as error:
@@ -202,9 +197,7 @@ def output_size(processor: Any, name: str) -> tuple[int, int]:
     """(y, x) of every image that leaves the processor, by trying a wide one and a tall one."""
     wide, tall = (pixels_of(processor, [Image.new("RGB", size)]) for size in ((64, 32), (32, 64)))
     if wide.ndim != 4:
-        raise ValueError(
-            f"{name} cuts images into patches of its own (NaFlex): take a fixed-resolution checkpoint of the family"
-        )
+        raise ValueError(f"{name} cuts images into patches of its own (NaFlex): take a fixed-resolution checkpoint")
     if wide.shape != tall.shape:
         shapes = f"{tuple(wide.shape[2:])} and {tuple(tall.shape[2:])}"
         raise ValueError(f"{name} gives images of different sizes, such as {shapes}: set crop_size in its processor")

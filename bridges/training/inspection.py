@@ -18,11 +18,12 @@ def inspect(recipe: Recipe, samples: int = 3) -> None:
     """
     console = Console()
     model, template, _ = build(recipe)
+    limit = recipe.data.max_length
     data = SkipBroken(open_split(recipe.data, "train"))
     targets = 0
     for index in range(min(samples, len(data))):
         example = data[index]
-        for row in rows_of(example, template, recipe.data.max_length, model.language.takes_positions):
+        for row in rows_of(example, template, limit, model.language.shares(limit)):
             aimed = sum(label != IGNORE_INDEX for label in row.labels)
             slots = row.ids.count(IMAGE_TOKEN_ID)
             targets += aimed

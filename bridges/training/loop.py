@@ -149,7 +149,7 @@ def validation_batch(assembled: Assembled, size: int) -> Batch:
 def make_batch(assembled: Assembled, examples: Sequence[Any]) -> Batch:
     """Examples to tensors. ValueError where no token of them is a target."""
     model, template, recipe = assembled
-    share = model.language.takes_positions
+    share = model.language.shares(recipe.data.max_length)
     rows = [r for e in examples for r in rows_of(e, template, recipe.data.max_length, share)]
     batch = collate(rows, model.vision.preprocess)
     if not batch.num_targets:

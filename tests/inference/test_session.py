@@ -1,17 +1,19 @@
 """A conversation read turn by turn, from a cache, is the conversation read in one go."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CHATML
+from conftest import CHATML, tiny_language
 from PIL import Image
 from torch import Tensor
 
-from bridges.checkpoint import Assembled
+from bridges.checkpoint import Assembled, build
+from bridges.config import Recipe
 from bridges.data.conversation import Turn
-from bridges.data.template import Template
+from bridges.data.template import IGNORE_INDEX, Template
 from bridges.inference.decoding import Choose, answers, greedy
 from bridges.inference.session import Session
 
@@ -93,25 +95,40 @@ def counted(module: torch.nn.Module, count: Callable[[tuple[Any, ...]], int]) ->
     return numbers
 
 
-def test_four_turns_from_the_cache_have_the_logits_of_the_conversation_in_one_go(
-    assembled: Assembled, questions: list[Turn]
-) -> None:
+def same_in_one_go(assembled: Assembled, questions: Sequence[Turn]) -> None:
     session, seen = Session(assembled), []
     talk(session, questions, seen)
     model, template, _ = assembled
     text = template.encode(session.turns)
     ids = torch.tensor([text.ids])
-    targets = [place for place, label in enumerate(text.labels) if label != -100]
+    targets = [place for place, label in enumerate(text.labels) if label != IGNORE_INDEX]
     at = (torch.zeros(len(targets), dtype=torch.long), torch.tensor(targets) - 1)
-    pixels = model.vision.preprocess(text.images)
-    whole = model(ids, torch.zeros_like(ids), torch.arange(len(text.ids))[None], at, pixel_values=pixels)
+    embeds = model.embed(ids, model.vision.preprocess(text.images))
+    whole = model.language(embeds, torch.ones_like(ids), torch.arange(len(text.ids))[None], at)
     cached = torch.cat(seen)
-    assert [turn.content[-1] for turn in session.turns] == [
-        t for pair in zip(QUESTIONS, REPLIES, strict=True) for t in pair
-    ]
     torch.testing.assert_close(cached, whole, atol=1e-4, rtol=1e-4)
     assert cached.argmax(-1).tolist() == whole.argmax(-1).tolist()
     assert cached.std(0).max() > 0.1, "logits that are all alike would be close to anything"
+
+
+def test_four_turns_from_the_cache_have_the_logits_of_the_conversation_in_one_go(
+    assembled: Assembled, questions: list[Turn]
+) -> None:
+    same_in_one_go(assembled, questions)
+
+
+def test_so_do_those_of_a_model_with_a_window_shorter_than_a_turn(
+    recipe: Recipe, questions: list[Turn], tmp_path: Path
+) -> None:
+    recipe.language.name = str(tiny_language("mistral", tmp_path / "mistral", sliding_window=24))
+    same_in_one_go(build(recipe), questions)
+
+
+def test_turns_are_what_was_said(assembled: Assembled, questions: list[Turn]) -> None:
+    session = Session(assembled)
+    talk(session, questions)
+    expected = [t for q, r in zip(questions, REPLIES, strict=True) for t in (q, Turn("assistant", [r]))]
+    assert session.turns == expected
 
 
 def test_each_image_is_encoded_once_and_each_token_read_once(assembled: Assembled, questions: list[Turn]) -> None:

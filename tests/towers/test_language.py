@@ -76,6 +76,13 @@ def test_sizes_are_read_from_any_familys_config(family: LanguageTower):
     assert family.takes_positions
 
 
+def test_texts_share_a_row_unless_a_window_is_shorter(tiny_llama: Path, tmp_path: Path):
+    everywhere = LanguageTower(str(tiny_llama))
+    assert (everywhere.window, everywhere.shares(10_000)) == (None, True)
+    near = LanguageTower(str(tiny_language("mistral", tmp_path, sliding_window=24)))
+    assert (near.window, near.shares(24), near.shares(25)) == (24, True, False)
+
+
 @pytest.mark.parametrize(
     "config", [BloomConfig(hidden_size=32, n_layer=2, n_head=4), MptConfig(d_model=32, n_layers=2, n_heads=4)]
 )
@@ -87,6 +94,7 @@ def test_a_model_with_alibi_works_and_says_that_it_takes_no_positions(config, id
     chatml_tokenizer().save_pretrained(tmp_path)
     tower = LanguageTower(str(tmp_path), dtype=torch.float32)
     assert not tower.takes_positions
+    assert not tower.shares(2)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     torch.testing.assert_close(read(tower, ids), reference(input_ids=ids).logits[AT], atol=1e-5, rtol=1e-5)
 

@@ -1,0 +1,211 @@
+"""The loop: what it changes, that it can stop and go on, and that its batches may be cut in any way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+
+from bridges.checkpoint import Assembled, build, plain
+from bridges.config import Recipe
+from bridges.data.conversation import Conversation, Example, Turn, ask
+from bridges.training.loop import learning_rate, make_batch, order, parameter_groups, train, train_step
+from bridges.training.state import STATE
+
+WORDS = ("cat", "dog", "house", "tree", "bird")
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    """Twelve pictures in a folder with their captions."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    lines = ["file_name,caption"]
+    for i in range(12):
+        Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        lines.append(f"{i}.png,A {WORDS[i % 5]} and a {WORDS[i % 3]}.")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def run(recipe: Recipe, captions: Path) -> Recipe:
+    recipe.data.source = str(captions)
+    recipe.train = replace(
+        recipe.train, steps=6, batch=4, lr=1e-2, warmup=2, evaluate_every=3, save_every=3, log_every=1, seed=3
+    )
+    return recipe
+
+
+def losses(folder: Path | str) -> list[float]:
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def examples(pictures: list[Image.Image], count: int) -> list[Example]:
+    """With one, two and no pictures, and one to three texts."""
+    made = []
+    for i in range(count):
+        texts = [ask(f"What is {w}?", f"A {w}.", pictures[i % 3]) for w in WORDS[: 1 + i % 3]]
+        if i == 1:
+            texts = [Conversation([Turn("user", ["no picture"]), Turn("assistant", ["Then nothing."])])]
+        if i == 2:
+            texts = [Conversation([Turn("user", [pictures[0], "and", pictures[1]]), Turn("assistant", ["Two."])])]
+        made.append(Example(texts))
+    return made
+
+
+def step(assembled: Assembled, batches: list, lr: float = 1e-2) -> tuple[float, int]:
+    groups = parameter_groups(assembled.model.bridge, assembled.recipe.train)
+    return train_step(Accelerator(), assembled.model, batches, torch.optim.AdamW(groups, lr=lr), clip=1e9)
+
+
+def test_a_step_changes_the_bridge_and_nothing_else(assembled: Assembled, pictures: list[Image.Image]) -> None:
+    before = {name: tensor.clone() for name, tensor in assembled.model.state_dict().items()}
+    step(assembled, [make_batch(assembled, examples(pictures, 4))])
+    for name, tensor in assembled.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) != name.startswith("bridge."), name
+    assert all(p.grad is None for tower in (assembled.model.vision, assembled.model.language) for p in tower.parameters())
+
+
+def test_a_batch_of_four_is_four_batches_of_one(recipe: Recipe, pictures: list[Image.Image]) -> None:
+    results = []
+    for cut in (4, 1):
+        assembled = build(recipe)
+        four = examples(pictures, 4)
+        batches = [make_batch(assembled, four[at : at + cut]) for at in range(0, 4, cut)]
+        results.append((*step(assembled, batches), assembled.model.bridge.state_dict()))
+    (loss, targets, weights), (other_loss, other_targets, other_weights) = results
+    assert targets == other_targets
+    assert loss == pytest.approx(other_loss, abs=1e-5)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, other_weights[name], atol=2e-5, rtol=1e-4)
+
+
+def test_a_run_learns_and_leaves_a_checkpoint(run: Recipe) -> None:
+    run.train.steps = 30
+    folder = train(run)
+    told = losses(folder)
+    assert np.mean(told[-5:]) < np.mean(told[:5]) - 0.5
+    assert {p.name for p in folder.iterdir()} == {"bridge.safetensors", "config.yaml", "README.md", "metrics.jsonl", "trainer"}
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(run: Recipe, tmp_path: Path) -> None:
+    whole = train(replace(run, output=str(tmp_path / "whole")))
+    part = replace(run, output=str(tmp_path / "part"))
+
+    interrupt_at(2, part.output)
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        train(part)
+    assert len(losses(part.output)) < 6
+    train(part, resume=True)
+    assert losses(part.output) == losses(whole)
+    ours, theirs = (load_file(Path(folder) / "bridge.safetensors") for folder in (part.output, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def interrupt_at(step: int, output: str) -> None:
+    """A real SIGINT as soon as a step is in the log."""
+
+    def wait() -> None:
+        log = Path(output) / "metrics.jsonl"
+        while not log.exists() or f'"step": {step}' not in log.read_text():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def test_resume_needs_the_same_recipe(run: Recipe) -> None:
+    run.train.steps = 3
+    train(run)
+    with pytest.raises(ValueError, match=r"train\.lr 0\.01.*0\.5"):
+        train(replace(run, train=replace(run.train, lr=0.5)), resume=True)
+
+
+def test_a_finished_run_is_not_overwritten(run: Recipe) -> None:
+    run.train.steps = 1
+    train(run)
+    with pytest.raises(ValueError, match="already holds a checkpoint"):
+        train(run)
+
+
+def test_a_broken_number_stops_the_run_and_names_its_module(assembled: Assembled, pictures: list[Image.Image]) -> None:
+    batch = make_batch(assembled, examples(pictures, 4))
+    with torch.no_grad():
+        assembled.model.bridge.layers[2].bias[0] = torch.inf
+    with pytest.raises(ValueError, match=r"bridge\.layers\.2"):
+        step(assembled, [batch])
+
+
+def test_overflow_between_modules_is_named_too(assembled: Assembled, pictures: list[Image.Image]) -> None:
+    batch = make_batch(assembled, examples(pictures, 4))
+    with torch.no_grad():
+        assembled.model.bridge.layers[0].weight.fill_(3e38)
+    with pytest.raises(ValueError, match=r"first module .* bridge\.layers\.0"):
+        step(assembled, [batch])
+
+
+def test_data_without_a_target_is_refused(assembled: Assembled, pictures: list[Image.Image]) -> None:
+    assembled.recipe.data.max_length = 18
+    with pytest.raises(ValueError, match="not one token"):
+        make_batch(assembled, [Example([ask("What do you see there?", "A cat.", pictures[0])])])
+
+
+def test_every_epoch_sees_every_example_once() -> None:
+    seen = [i for step in range(10) for i in order(step, batch=4, size=10, seed=1)]
+    assert len(seen) == 40
+    for epoch in range(4):
+        assert sorted(seen[10 * epoch : 10 * (epoch + 1)]) == list(range(10))
+    assert seen[:10] != seen[10:20]
+
+
+def test_the_rate_warms_up_and_ends_at_its_least(recipe: Recipe) -> None:
+    settings = replace(recipe.train, steps=10, warmup=2, lr=1.0, min_lr=0.1)
+    rates = [learning_rate(step, settings) for step in range(1, 11)]
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_broken_pictures_are_skipped_and_listed(run: Recipe, captions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (captions / "metadata.csv").read_text().splitlines()
+    noise = np.random.default_rng(1)
+    for i in range(12, 60):
+        Image.fromarray(noise.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(captions / f"{i}.png")
+        lines.append(f"{i}.png,A cat.")
+    (captions / "metadata.csv").write_text("\n".join(lines))
+    (captions / "20.png").write_bytes(b"")
+    train(replace(run, train=replace(run.train, steps=15)))
+    told = capsys.readouterr()
+    assert "20.png" in told.out
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_two_processes_equal_one(run: Recipe, tmp_path: Path, processes: int) -> None:
+    """Two ranks over gloo, each with half of the batch, give the losses of one process."""
+    one = train(replace(run, output=str(tmp_path / "one")))
+    other = replace(run, output=str(tmp_path / "two"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({k: plain(vars(v)) if hasattr(v, "__dict__") else v for k, v in vars(other).items()}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29611"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-m", "bridges.cli", "train", str(recipe)], capture_output=True, text=True, env=environment, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(other.output) == pytest.approx(losses(one), abs=1e-5)
+    assert (Path(other.output) / STATE).exists()
