@@ -99,7 +99,7 @@ def references(scene: Scene) -> list[str]:
 
 
 def questions(scene: Scene, absent: Sequence[str], rng: Random) -> dict[str, Asked]:
-    """One question of every kind that has a clear answer here; `absent` are the nouns that a "No." may be about."""
+    """One question of every kind that has a clear answer here; `absent` are nouns that are not there."""
     asked = {
         "existence": _existence(scene, absent, rng),
         "count": _count(scene, rng),
@@ -111,10 +111,14 @@ def questions(scene: Scene, absent: Sequence[str], rng: Random) -> dict[str, Ask
 
 
 def _existence(scene: Scene, absent: Sequence[str], rng: Random) -> Asked:
-    # the coin comes first, so that "Yes." is right half the time whatever the scene
-    answer = rng.choice(("Yes.", "No."))
-    noun = rng.choice(scene.nouns if answer == "Yes." else absent)
-    return rng.choice((f"Is there {one(noun)}?", f"Do you see {one(noun)}?")), answer
+    """`Is there a cat or a car?`, of which one is: a coin puts it first.
+
+    Not "Is there a cat?": small language models cannot say yes or no to that even when they read the caption.
+    """
+    there = rng.choice(scene.nouns)
+    first, second = rng.sample((there, rng.choice(absent)), 2)
+    ask = rng.choice(("Is there", "Do you see"))
+    return f"{ask} {one(first)} or {one(second)}?", f"{one(there).capitalize()}."
 
 
 def _count(scene: Scene, rng: Random) -> Asked | None:

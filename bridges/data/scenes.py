@@ -137,13 +137,14 @@ def render(scene: Scene) -> Image.Image:
 
 
 class Scenes:
-    """A map-style data set of `size` pictures, each with `captions` captions and `questions` questions.
+    """A map-style data set of `size` pictures, each with `captions` captions and `questions` questions (on average,
+    if that is no whole number).
 
     `train` and `val` draw from the same scenes but share none; `val_pairs` shows two nouns that no other split shows
     together; `val_sprites` shows pictures that no other split shows.
     """
 
-    def __init__(self, split: str, size: int, seed: int = 0, captions: int = 1, questions: int = 2) -> None:
+    def __init__(self, split: str, size: int, seed: int = 0, captions: int = 1, questions: int | float = 2) -> None:
         if split not in SPLITS:
             raise ValueError(f"no split {split!r} of scenes; there are {', '.join(SPLITS)}")
         self.split, self.size, self.seed = split, size, seed
@@ -181,7 +182,7 @@ class Scenes:
             conversations.append(ask(instruction, caption, picture, "caption"))
         absent = self._others(scene.nouns)
         kinds: list[str] = []
-        for _ in range(self.questions):
+        for _ in range(int(self.questions + rng.random())):
             asked = questions(scene, absent, rng)
             # every kind once before any comes again
             kinds = kinds or rng.sample(list(asked), len(asked))

@@ -87,7 +87,7 @@ def answers(
     room(language, longest, max_new_tokens)
     if features is None:
         features = model.vision(model.vision.preprocess([i for row in rows for i in row.images]).to(language.device))
-    batch = collate(rows, left=True).to(language.device)
+    batch = collate(rows, left=True, share=language.shares(longest + max_new_tokens)).to(language.device)
     logits, cache = model.prefill(batch.input_ids, batch.segments, batch.positions, features=features)
     mask = (batch.segments >= 0).long()
     lengths = torch.tensor([len(row.ids) for row in rows], device=language.device)
@@ -99,8 +99,14 @@ def answers(
         done |= torch.isin(tokens, ends)
         if done.all() or len(said) == max_new_tokens:
             break
-    words = [language.decode(until_end(row, language.end_ids)) for row in torch.stack(said, dim=1).tolist()]
-    return [text.rstrip("\N{REPLACEMENT CHARACTER}") for text in words]  # half a character, where the limit cut it
+    return [spoken(language, row) for row in torch.stack(said, dim=1).tolist()]
+
+
+def spoken(language: LanguageTower, ids: Sequence[int]) -> str:
+    """The words of an answer, as they stand in a turn: neither the space that its first token takes with it,
+    nor half a character at the end."""
+    words = language.decode(until_end(ids, language.end_ids))
+    return words.lstrip(" ").rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def until_end(ids: Sequence[int], ends: frozenset[int]) -> list[int]:

@@ -1,5 +1,6 @@
 """A conversation that goes on: what was read is kept, so that a turn costs only what is new in it."""
 
+import re
 from collections.abc import Generator, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from bridges.checkpoint import Assembled
 from bridges.data.conversation import Turn, images_of
-from bridges.inference.decoding import Choose, decode, greedy, room, until_end
+from bridges.inference.decoding import Choose, decode, greedy, room, spoken
 
 
 class Session:
@@ -59,12 +60,11 @@ class Session:
         mask = torch.ones(1, self._read, dtype=torch.long, device=language.device)
         position = torch.tensor([self._read], device=language.device)
         said: list[int] = []
-        words = shown = ""
+        shown = ""
         try:
             for token in decode(language, logits, mask, position, self._cache, choose):
                 said.append(int(token))
-                words = language.decode(until_end(said, language.end_ids))
-                piece = "" if words.endswith("\N{REPLACEMENT CHARACTER}") else words[len(shown) :]
+                piece = spoken(language, said)[len(shown) :]
                 shown += piece
                 yield piece
                 if said[-1] in language.end_ids or len(said) == max_new_tokens:
@@ -74,9 +74,9 @@ class Session:
                 self.turns.append(Turn("assistant", [shown]))
                 self._read += len(said) - 1
                 self._unread = [i for i in said[-1:] if i not in language.end_ids]  # the template prints the end itself
-                self._text = text + shown
-            if words != shown:  # half a character: it is not in the turn, so it must not be in the cache
-                self._reread()
+                self._prompt, self._said = text, shown
+            if language.decode(said).endswith("\N{REPLACEMENT CHARACTER}"):  # half a character is in no turn,
+                self._reread()  # so it must not be in the cache
 
     def _reread(self) -> None:
         """Empty the cache: the next reply begins with reading the whole conversation."""
@@ -84,15 +84,17 @@ class Session:
         self._read = 0  # tokens in the cache
         self._seen = 0  # images among them
         self._unread: list[int] = []  # said by the assistant, not yet in the cache
-        self._text = ""  # what the tokens in the cache and in `_unread` are the text of
+        self._prompt = self._said = ""  # what the tokens in the cache and in `_unread` are the text of
 
     def _new_ids(self) -> tuple[list[int], str]:
         """What has to be read before the reply, and the whole conversation as text, which begins with what was read."""
         template = self.assembled.template
         text, _ = template.render(self.turns, reply=True)
-        if not text.startswith(self._text):  # a template that rewrites the past
+        # A template may put a space before the words of a turn that the first of them took with it in the reply.
+        known = re.match(f"{re.escape(self._prompt)} *{re.escape(self._said)}", text) if self._prompt else None
+        if known is None:  # nothing was read, or the template rewrites the past
             self._reread()
-        ids, _ = template.tokenize(text[len(self._text) :])
+        ids, _ = template.tokenize(text[known.end() if known else 0 :])
         return self._unread + ids, text
 
     def _prefill(self, ids: Sequence[int]) -> Float[Tensor, "1 vocab"]:

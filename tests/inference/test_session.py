@@ -57,10 +57,10 @@ def reply(session: Session, turn: Turn, max_new_tokens: int = 16, choose: Choose
     return "".join(session.stream(max_new_tokens, choose))
 
 
-def talk(session: Session, questions: Sequence[Turn], seen: list[Tensor] | None = None) -> None:
-    """The questions, with the scripted replies."""
+def talk(session: Session, questions: Sequence[Turn], seen: list[Tensor] | None = None, space: str = "") -> None:
+    """The questions, with the scripted replies; `space` is what the template puts before their words."""
     for turn, text in zip(questions, REPLIES, strict=False):
-        reply(session, turn, choose=scripted(ids_of(session.assembled, text), seen))
+        assert reply(session, turn, choose=scripted(ids_of(session.assembled, space + text), seen)) == text
 
 
 def likeliest(into: list[int]) -> Choose:
@@ -95,14 +95,17 @@ def counted(module: torch.nn.Module, count: Callable[[tuple[Any, ...]], int]) ->
     return numbers
 
 
-def same_in_one_go(assembled: Assembled, questions: Sequence[Turn]) -> None:
+def same_in_one_go(assembled: Assembled, questions: Sequence[Turn], space: str = "") -> None:
     session, seen = Session(assembled), []
-    talk(session, questions, seen)
+    tokens = counted(assembled.model.language, lambda args: args[0].shape[1])
+    talk(session, questions, seen, space)
     model, template, _ = assembled
     text = template.encode(session.turns)
     ids = torch.tensor([text.ids])
     targets = [place for place, label in enumerate(text.labels) if label != IGNORE_INDEX]
     at = (torch.zeros(len(targets), dtype=torch.long), torch.tensor(targets) - 1)
+    unread = len(template.tokenize(template.render(session.turns)[0].rpartition(REPLIES[-1])[2])[0])
+    assert sum(tokens) == len(text.ids) - unread, "each token is read once; the end of the last reply has not been yet"
     embeds = model.embed(ids, model.vision.preprocess(text.images))
     whole = model.language(embeds, torch.ones_like(ids), torch.arange(len(text.ids))[None], at)
     cached = torch.cat(seen)
@@ -131,14 +134,18 @@ def test_turns_are_what_was_said(assembled: Assembled, questions: list[Turn]) ->
     assert session.turns == expected
 
 
-def test_each_image_is_encoded_once_and_each_token_read_once(assembled: Assembled, questions: list[Turn]) -> None:
+def test_so_do_those_of_a_template_that_puts_a_space_before_the_words(
+    assembled: Assembled, questions: list[Turn]
+) -> None:
+    template = Template(assembled.template.tokenizer, assembled.template.num_slots, "vicuna")
+    same_in_one_go(assembled._replace(template=template), questions, space=" ")
+
+
+def test_each_image_is_encoded_once(assembled: Assembled, questions: list[Turn]) -> None:
     session = Session(assembled)
     images = counted(assembled.model.vision, lambda args: len(args[0]))
-    tokens = counted(assembled.model.language, lambda args: args[0].shape[1])
     talk(session, questions)
     assert images == [1, 0, 2, 0]
-    unread = len(ids_of(assembled, "\n"))  # the end of the last reply
-    assert sum(tokens) == len(assembled.template.encode(session.turns).ids) - unread
 
 
 def test_a_reply_that_is_broken_off_stays_and_the_talk_goes_on(assembled: Assembled, questions: list[Turn]) -> None:
