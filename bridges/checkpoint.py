@@ -1,7 +1,6 @@
 """From a recipe to objects, and from objects to a small folder and back: the only place that ties the two together."""
 
 import inspect
-import os
 import shutil
 from dataclasses import asdict
 from difflib import get_close_matches
@@ -58,11 +57,13 @@ def build_bridge(
         raise ValueError("bridge: its name is missing, e.g. bridge: {name: projector}")
     options = dict(options)
     chosen = bridge_class(options.pop("name"))
-    keywords = [p.name for p in inspect.signature(chosen).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for key in options:
+    keywords = {p.name: p.default for p in inspect.signature(chosen).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    for key, value in options.items():
         if key not in keywords:
             near = get_close_matches(key, keywords, n=1) or keywords
             raise ValueError(f"bridge {chosen.__name__} has no option {key!r}; did you mean {' or '.join(near)}?")
+        if value is None and keywords[key] is not None:
+            raise ValueError(f"bridge {chosen.__name__}: {key} has no value; give it one, or leave it out")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(
         chosen, skip={"vision_dim", "num_patches", "language_dim", "num_layers"}, fail_untyped=False
@@ -144,12 +145,12 @@ def load_weights(bridge: Bridge, folder: Path) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Replace a file in one go, so that a reader and a crash see the old one or the new one. ValueError when there is no space."""
+    """Replace a file in one go: a crash leaves the old one or the new one. ValueError when there is no space."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")
     try:
         beside.write_bytes(content)
-        os.replace(beside, path)
+        beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise ValueError(f"cannot write {path}: {error.strerror}; {len(content) / 1e6:.1f} MB are needed") from error
@@ -184,6 +185,7 @@ def card(assembled: Assembled) -> str:
         f"---\nlibrary_name: mm-bridges\nbase_model: [{recipe.vision.name}, {recipe.language.name}]\n---\n\n"
         f"# A bridge from {recipe.vision.name} to {recipe.language.name}\n\n"
         f"`{recipe.bridge['name']}`, {trained:,} trained parameters, {model.bridge.num_slots} slots an image, "
-        f"{recipe.train.steps} steps of {recipe.train.batch} on `{recipe.data.source}`. The towers are frozen and not in here.\n\n"
+        f"{recipe.train.steps} steps of {recipe.train.batch} on `{recipe.data.source}`. "
+        "The towers are frozen and not in here.\n\n"
         "```\nbridges chat .\n```\n"
     )

@@ -1,4 +1,4 @@
-"""The command `bridges`: one function a verb, no logic. Torch is imported by the verb that needs it, so help is quick."""
+"""The command `bridges`: one function a verb, no logic. A verb imports torch when it runs, so help is quick."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ def demo(output: str = "runs/demo") -> None:
     run(Path(output))
 
 
-def evaluate(checkpoint: str, split: list[str] = [], size: int = 200) -> None:  # noqa: B006  shown in help
-    """Measure a checkpoint on held-out data, beside shuffled and blank pictures; writes evaluation.json and report.html.
+def evaluate(checkpoint: str, split: list[str] = [], size: int = 200) -> None:
+    """Measure a checkpoint on held-out data, beside shuffled and blank pictures; write evaluation.json, report.html.
 
     Args:
         checkpoint: folder that `bridges train` made
@@ -39,7 +39,11 @@ def evaluate(checkpoint: str, split: list[str] = [], size: int = 200) -> None:  
 
 
 def generate(
-    checkpoint: str, prompt: str, image: list[str] = [], temperature: float = 0.0, max_new_tokens: int = 128  # noqa: B006
+    checkpoint: str,
+    prompt: str,
+    image: list[str] = [],
+    temperature: float = 0.0,
+    max_new_tokens: int = 128,
 ) -> None:
     """Answer one prompt about any number of pictures.
 
@@ -56,7 +60,12 @@ def generate(
 
 
 def chat(
-    checkpoint: str, image: list[str] = [], temperature: float = 0.0, top_p: float = 1.0, max_new_tokens: int = 256, seed: int = 0  # noqa: B006
+    checkpoint: str,
+    image: list[str] = [],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
 ) -> None:
     """Talk about pictures. /help lists the commands; reads a pipe when there is no terminal.
 

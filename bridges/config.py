@@ -1,10 +1,11 @@
 """A recipe: what one YAML file says. Plain dataclasses; reading them needs no torch."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -146,9 +147,9 @@ def recipe_from(given: dict[str, Any], overrides: Sequence[str] = (), source: st
     """A recipe from what its YAML holds. Raises ValueError as `read_recipe` does."""
     refuse_unknown(given, Recipe, source)
     parser = recipe_parser()
+    parser.add_argument("--config", action="config")  # so that what the YAML says has its types checked like an option
     try:
-        parser.set_defaults(given)
-        options = parser.parse_args(list(overrides))
+        options = parser.parse_args([f"--config={json.dumps(given, default=str)}", *overrides])
         found = parser.instantiate(options)
     except (ArgumentError, KeyError, TypeError) as error:
         raise ValueError(f"{source}: {explain(error, overrides)}") from error
@@ -175,7 +176,7 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
 
 
 def refuse_unknown(given: dict[str, Any], schema: type, source: str, prefix: str = "") -> None:
-    """ValueError at the first key that a recipe does not have, with the nearest that it has."""
+    """ValueError at the first key that a recipe does not have, with the nearest that it has, or that has no value."""
     known = {entry.name: entry.type for entry in fields(schema)}
     for key, value in given.items():
         if key not in known:
@@ -189,3 +190,5 @@ def refuse_unknown(given: dict[str, Any], schema: type, source: str, prefix: str
                     f"{source}: {prefix}{key} should hold keys such as {fields(inner)[0].name}, not {value!r}"
                 )
             refuse_unknown(value, inner, source, f"{prefix}{key}.")
+        elif value is None and type(None) not in get_args(inner):
+            raise ValueError(f"{source}: {prefix}{key} has no value; give it one, or leave the key out")

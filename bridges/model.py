@@ -1,4 +1,4 @@
-"""The splice: slots of the bridge take the image's positions among the text's embeddings, and the language model reads on."""
+"""The splice: slots of the bridge take the image's positions among the embeddings, and the language model reads on."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ LONGEST_LINE = 1024  # tokens; beyond it the blocks of the mask that nobody sees
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the language model keeps of text that stands before every row: computed once, because nothing in it trains."""
+    """What the language model keeps of text that stands before every row: computed once, since nothing in it trains."""
 
     ids: tuple[int, ...]
     keys_values: list[tuple[Tensor, Tensor]]
@@ -44,7 +44,7 @@ class BridgedModel(nn.Module):
         pixel_values: Float[Tensor, "n 3 y x"] | None = None,
         features: Float[Tensor, "n p v"] | None = None,
     ) -> Float[Tensor, "s vocab"]:
-        """Logits after the positions `at`. Images come as pixels or as features of the vision tower, all rows' in reading order."""
+        """Logits after the positions `at`. Images are pixels or vision features, those of all rows in reading order."""
         embeds = self.embed(input_ids, pixel_values, features)
         shared = self._constant_prefix(input_ids, segments, positions, at)
         kept = segments != PADDING
@@ -158,7 +158,7 @@ class BridgedModel(nn.Module):
 def fill_slots(
     embeds: Float[Tensor, "b t d"], is_image: Bool[Tensor, "b t"], slots: Float[Tensor, "n k d"]
 ) -> Float[Tensor, "b t d"]:
-    """The j-th image position of the batch, in reading order, takes the j-th slot. ValueError unless their numbers are equal."""
+    """The j-th image position of the batch takes the j-th slot. ValueError unless their numbers are equal."""
     places, given = int(is_image.sum()), slots.shape[0] * slots.shape[1]
     if places != given:
         raise ValueError(

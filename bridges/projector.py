@@ -5,6 +5,7 @@ MiniGPT-v2 (2310.09478), pixel shuffle as in Idefics3 (2408.12637), average pool
 """
 
 import math
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -48,7 +49,7 @@ class Projector(Bridge):
         self.num_slots = num_slots(num_patches, merge, factor)
         self.width = vision_dim * channels_merged(merge, factor)
         widths = [self.width] + [language_dim] * depth
-        layers: list[nn.Module] = [nn.Linear(a, b, bias=bias) for a, b in zip(widths, widths[1:], strict=False)]
+        layers: list[nn.Module] = [nn.Linear(a, b, bias=bias) for a, b in pairwise(widths)]
         for place in range(depth - 1, 0, -1):
             layers.insert(place, nn.GELU())
         self.norm = nn.LayerNorm(self.width) if norm else nn.Identity()
@@ -69,7 +70,7 @@ class Projector(Bridge):
 
 
 def num_slots(num_patches: int, merge: Merge, factor: int) -> int:
-    """Slots of an image of `num_patches` patches: a pure function, so that text can be laid out before any image is seen."""
+    """Slots of an image of `num_patches` patches: a pure function, so text can be laid out before any image is seen."""
     if merge not in get_args(Merge):
         raise ValueError(f"merge {merge!r} of the projector: choose one of {', '.join(get_args(Merge))}")
     if factor < 1:

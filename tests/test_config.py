@@ -46,6 +46,20 @@ def test_numbers_are_numbers_however_they_are_written(file: Path):
     assert all(isinstance(value, float) for value in (train.lr, train.weight_decay, train.clip))
 
 
+def test_text_stays_text_whatever_it_looks_like(file: Path):
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}: [{{ m.role }}]\n{% endfor %}"
+    prompts = ["", "1", "null", "yes", "a: b", "[x]", "{x: 1}", "1e-3"]
+    given = {"output": "5", "language": {"template": template, "system": "true"}, "data": {"prompts": prompts}}
+    file.write_text(yaml.safe_dump(given))
+    recipe = read_recipe(file)
+    assert (recipe.output, recipe.language.template, recipe.language.system) == ("5", template, "true")
+    assert recipe.data.prompts == prompts
+    options = read_recipe(
+        file, ["--language.template", template, "--language.system", "1: 2", "--output", "2024-01-01"]
+    )
+    assert (options.output, options.language.template, options.language.system) == ("2024-01-01", template, "1: 2")
+
+
 def test_a_dotted_option_overrides_the_file(file: Path):
     options = ["--train.lr", "5e-4", "--train.micro_batch=null", "--data.prompts", '["A?", "B?"]', "--output", "runs/y"]
     recipe = read_recipe(file, [*options, "--language.system", "Be brief.", "--train.betas", "[0.8, 0.9]"])
@@ -93,9 +107,8 @@ def test_a_recipe_survives_yaml(file: Path):
         ("output: a\ntrain: {betas: [0.9]}", "train.betas"),
         ("output: a\nvision: {keep_cls: perhaps}", "vision.keep_cls.*perhaps"),
         ("output: a\nbridge: projector", "bridge.*projector"),
-        ("output: a\ndata: {prompts: Why?}", "data.prompts.*Why"),
+        ("output: a\ndata: {prompts: Why}", "data.prompts.*Why"),
         ("train: {steps: 3}", "output"),
-        ("output:", "output"),
         ("output: 5", "output"),
         ("", "is no recipe: it should hold keys such as output, bridge, train"),
         ("- a\n- b", "is no recipe"),

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from conftest import randomise
-
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from bridges.checkpoint import Assembled, build

@@ -63,7 +63,7 @@ def test_a_grid_that_does_not_fit_is_refused_with_the_numbers(patches: int, merg
 
 
 def test_an_unknown_way_to_merge_is_refused_with_those_that_there_are():
-    with pytest.raises(ValueError, match="merge 'pool' .* choose one of none, average, shuffle, strip"):
+    with pytest.raises(ValueError, match=r"merge 'pool' .* choose one of none, average, shuffle, strip"):
         inspect.unwrap(num_slots)(49, "pool", 2)  # beneath the type checks of the tests, where a user is
 
 

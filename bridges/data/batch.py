@@ -27,7 +27,7 @@ class Row:
 
 @dataclass
 class Batch:
-    """Rows side by side; `segments` is -1 in padding. The pictures of all rows in reading order, as pixels or as features."""
+    """Rows side by side; `segments` is -1 in padding. All pictures in reading order, as pixels or as features."""
 
     input_ids: Int[Tensor, "b t"]
     labels: Int[Tensor, "b t"]
@@ -70,7 +70,7 @@ def pack(texts: Sequence[Encoded]) -> Row:
 
 
 def common_beginning(texts: Sequence[Encoded]) -> int:
-    """How many first tokens, pictures compared by identity, all texts have in common; each keeps at least one of its own."""
+    """How many first tokens, pictures compared by identity, all texts share; each keeps at least one of its own."""
     keyed = [picture_keys(text) for text in texts]
     longest = min(len(key) for key in keyed) - 1
     for place in range(longest):

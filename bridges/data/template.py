@@ -35,7 +35,7 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Encoded:
-    """One text: ids with `IMAGE_TOKEN_ID` once for each slot, labels that are the id where it is a target, its pictures."""
+    """One text: ids with `IMAGE_TOKEN_ID` once for each slot, labels (the id where it is a target), its pictures."""
 
     ids: list[int]
     labels: list[int]
@@ -135,7 +135,7 @@ class Template:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The named ones (end of sequence, …) and those that only the list of added tokens knows, such as `<end_of_turn>`."""
+    """The named ones (end of sequence, …) and those that only the list of added tokens knows (`<end_of_turn>`)."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return added | set(tokenizer.all_special_tokens)
 

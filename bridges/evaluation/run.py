@@ -53,7 +53,9 @@ def measure(assembled: Assembled, split: str, size: int, console: Console) -> li
     if count - starts[-1] < 2:  # a last example alone would have no other picture
         starts.pop()
     said: list[Said] = []
-    for start, end in track(list(zip(starts, [*starts[1:], count], strict=True)), f"evaluating {split}", console=console):
+    for start, end in track(
+        list(zip(starts, [*starts[1:], count], strict=True)), f"evaluating {split}", console=console
+    ):
         said += listen(assembled, [data[i] for i in range(start, end)])
     if data.broken:
         console.print(data.summary())

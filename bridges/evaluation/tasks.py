@@ -64,7 +64,7 @@ def expected(conversation: Conversation) -> str:
 
 @torch.no_grad()
 def listen(assembled: Assembled, examples: Sequence[Example]) -> list[Said]:
-    """Put every question of some examples to the model under each control. Pictures are shuffled among these examples."""
+    """Put every question of some examples to the model under each control. Pictures are shuffled among them."""
     said = [Said(example, {}, {}, {}) for example in examples]
     vision = assembled.model.vision
     pictures = unique(i for e in examples for c in e.conversations for i in images_of(c.turns))
@@ -121,7 +121,7 @@ def nll_of(assembled: Assembled, examples: Sequence[Example], seen: Seen) -> lis
 def tabulate(said: Sequence[Said], named: Callable[[str], frozenset[str]]) -> dict[str, Metric]:
     """Every metric that the examples allow, each with its baselines and a 95 % interval over examples.
 
-    `named` finds the object names in a caption. The majority is the commonest caption, or the commonest answer of a kind.
+    `named` finds the object names in a caption. The majority is the commonest caption, or answer of a kind.
     """
     table = {"caption_nll": row(said, {c: ratio(said, c) for c in CONTROLS}, None)}
     told = [one for one in said if one.captions]
@@ -153,10 +153,13 @@ def accuracies(said: Sequence[Said]) -> dict[str, Metric]:
     for wanted in [None, *kinds]:
         asked = [one for one in said if (one.kinds if wanted is None else wanted in one.kinds)]
         pick = [[i for i, kind in enumerate(one.kinds) if wanted in (None, kind)] for one in asked]
-        right = {c: [accuracy(one.answers[c], one.expected)[p] for one, p in zip(asked, pick, strict=True)] for c in CONTROLS}
+        right = {
+            c: [accuracy(one.answers[c], one.expected)[p] for one, p in zip(asked, pick, strict=True)] for c in CONTROLS
+        }
         always = [accuracy([common[k] for k in one.kinds], one.expected)[p] for one, p in zip(asked, pick, strict=True)]
         hits = {
-            c: np.array([[r.sum(), len(r)] for r in per_example]) for c, per_example in {**right, "majority": always}.items()
+            c: np.array([[r.sum(), len(r)] for r in per_example])
+            for c, per_example in {**right, "majority": always}.items()
         }
         statistics = {c: lambda rows, h=h: float(h[rows, 0].sum() / h[rows, 1].sum()) for c, h in hits.items()}
         name = "answer_accuracy" if wanted is None else f"answer_accuracy/{wanted}"
@@ -171,7 +174,7 @@ def ratio(said: Sequence[Said], control: Control) -> Statistic:
 
 
 def row(said: Sequence[Said], statistics: dict[str, Statistic], count: int | None = None) -> Metric:
-    """One line of the table: the figure with the right picture and its interval, the baselines, and how many there are."""
+    """One line of the table: the figure with the right picture, its interval, the baselines, the number of cases."""
     everything = np.arange(len(said))
     low, high = interval(statistics["image"], len(said))
     figures = {c: statistics[c](everything) if c in statistics else None for c in (*CONTROLS, "majority")}

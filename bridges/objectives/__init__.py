@@ -1,1 +1,1 @@
-"""What a training step minimises: functions from a model and a batch to a summed loss, a count of targets, and metrics."""
+"""What a training step minimises: functions from a model and a batch to a summed loss and a count of targets."""

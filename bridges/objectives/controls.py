@@ -1,4 +1,4 @@
-"""Is the picture used? The same question with another picture, and with none to see, are the baselines of every figure."""
+"""Is the picture used? The same question with another picture, and with none, are the baselines of every figure."""
 
 from typing import Literal, get_args
 

@@ -1,4 +1,4 @@
-"""The frozen language model: any causal LLM of transformers, fed with embeddings, asked for logits where they are needed."""
+"""The frozen language model: any causal LLM of transformers, fed with embeddings, asked for a few logits."""
 
 import hashlib
 import inspect
@@ -19,7 +19,7 @@ from bridges.towers.precision import fastest_dtype
 class LanguageTower(nn.Module):
     """A causal language model, frozen for ever: no gradient in its weights, no dropout, whatever `train()` says.
 
-    `dim` is the width of its token embeddings, `num_layers` the number of its layers, `context` how many positions it knows,
+    `dim` is the width of its embeddings, `num_layers` how many layers it has, `context` how many positions it knows,
     `window` how far its shortest-sighted layer looks back (None: everywhere).
     Raises ValueError where there is no such model, or no causal LM in it.
     """
@@ -94,8 +94,8 @@ class LanguageTower(nn.Module):
     ) -> Float[Tensor, "s vocab"]:
         """Logits after the positions `at` (row indices, column indices), and nowhere else.
 
-        The mask is `b all` (1 = token, 0 = padding) or additive `b 1 t all`, where `all` counts the cached positions too.
-        The head sees the chosen rows only; what a family does to its logits afterwards (soft cap, scale) is element by element.
+        The mask is `b all` (1 = token, 0 = padding) or additive `b 1 t all`; `all` counts the cached positions too.
+        The head sees the chosen rows only; what a family does to logits afterwards (soft cap, scale) is elementwise.
         """
         arguments: dict[str, Any] = {"inputs_embeds": embeds.to(self.dtype), "attention_mask": attention_mask}
         if self.takes_positions:

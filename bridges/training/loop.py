@@ -55,10 +55,10 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
                 display.log(step)
             if step % settings.evaluate_every == 0 or step == settings.steps:
                 display.validation(step, held_out_nll(model, held_out.to(accelerator.device)))
-            if step % settings.save_every == 0 or step == settings.steps or stop.asked:
-                if accelerator.is_main_process:
-                    save_checkpoint(output, assembled)
-                    save_state(output, assembled, optimizer, step)
+            due = step % settings.save_every == 0 or step == settings.steps or stop.asked
+            if due and accelerator.is_main_process:
+                save_checkpoint(output, assembled)
+                save_state(output, assembled, optimizer, step)
             if stop.asked:
                 break
     if accelerator.is_main_process and data.broken:
@@ -77,9 +77,9 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     clip: float,
 ) -> tuple[float, int]:
-    """One update from several micro-batches: their summed loss over the number of targets of all of them, on all processes.
+    """One update from several micro-batches: their summed loss over the number of all targets, on all processes.
 
-    Returns the mean loss (nats a target) and that number. Raises ValueError at a NaN or infinity, before it can do harm.
+    Returns the mean loss (nats a target) and that number. Raises ValueError at a NaN or infinity, before it does harm.
     """
     device = accelerator.device
     targets = int(accelerator.reduce(torch.tensor(sum(b.num_targets for b in batches), device=device)))
@@ -94,9 +94,8 @@ def train_step(
     norm = accelerator.clip_grad_norm_(model.parameters(), clip)
     mean = float(accelerator.reduce(total)) / targets
     if not math.isfinite(mean) or (norm is not None and not math.isfinite(float(norm))):
-        raise ValueError(
-            f"loss {mean}, gradient norm {norm}: {first_broken(accelerator.unwrap_model(model), batches[-1].to(device))}"
-        )
+        where = first_broken(accelerator.unwrap_model(model), batches[-1].to(device))
+        raise ValueError(f"loss {mean}, gradient norm {norm}: {where}")
     optimizer.step()
     optimizer.zero_grad()
     return mean, targets
@@ -181,7 +180,7 @@ def prefetched(assembled: Assembled, data: Any, accelerator: Accelerator, first:
 
 
 def order(step: int, batch: int, size: int, seed: int) -> list[int]:
-    """Which examples a step sees: epochs one after another, each in an order of its own. A pure function, so resuming is exact."""
+    """Which examples a step sees: epoch after epoch, each in its own order. A pure function: resuming is exact."""
     places = np.arange(step * batch, (step + 1) * batch)
     shuffled = {epoch: np.random.default_rng((seed, epoch)).permutation(size) for epoch in set(places // size)}
     return [int(shuffled[place // size][place % size]) for place in places]

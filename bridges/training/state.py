@@ -1,4 +1,4 @@
-"""What a run needs to go on as if it had never stopped. The order of the data is a function of the step and needs no keeping."""
+"""What a run needs to go on as if it had never stopped. The order of the data is a function of the step: not kept."""
 
 import io
 import json

@@ -20,7 +20,9 @@ def seen_by(assembled: Assembled, pictures: list[Image.Image]) -> torch.Tensor:
     return vision(vision.preprocess(pictures))
 
 
-def test_shuffled_is_another_picture_and_blank_is_none_of_them(assembled: Assembled, pictures: list[Image.Image]) -> None:
+def test_shuffled_is_another_picture_and_blank_is_none_of_them(
+    assembled: Assembled, pictures: list[Image.Image]
+) -> None:
     right = seen_by(assembled, pictures)
     shuffled = controlled(right, assembled.model.vision, "shuffled")
     blank = controlled(right, assembled.model.vision, "blank")
@@ -58,7 +60,10 @@ def test_everything_is_asked_under_every_control(assembled: Assembled, pictures:
 
 def spoken(name: str, right: str, wrong: str) -> Said:
     example = Example(
-        [ask("Describe.", f"A {name}.", Image.new("RGB", (4, 4)), "caption"), ask("A cat?", "Yes.", Image.new("RGB", (4, 4)), "existence")],
+        [
+            ask("Describe.", f"A {name}.", Image.new("RGB", (4, 4)), "caption"),
+            ask("A cat?", "Yes.", Image.new("RGB", (4, 4)), "existence"),
+        ],
         frozenset({name}),
     )
     return Said(
@@ -70,14 +75,23 @@ def spoken(name: str, right: str, wrong: str) -> Said:
 
 
 def test_the_table_has_every_metric_with_its_baselines() -> None:
-    said = [spoken("cat", "cat", "dog"), spoken("dog", "dog", "cat"), spoken("bird", "cat", "dog"), spoken("cat", "cat", "bird")]
+    said = [
+        spoken("cat", "cat", "dog"),
+        spoken("dog", "dog", "cat"),
+        spoken("bird", "cat", "dog"),
+        spoken("cat", "cat", "bird"),
+    ]
     table = tabulate(said, lambda text: frozenset(w.strip(".") for w in text.split()) & {"cat", "dog", "bird"})
     assert set(table) == {"caption_nll", "cider", "bleu4", "naming_f1", "answer_accuracy", "answer_accuracy/existence"}
     for figures in table.values():
         assert set(figures) == {"image", "shuffled", "blank", "majority", "low", "high", "n"}
         assert figures["low"] <= figures["image"] <= figures["high"]
         assert figures["n"] == 4
-    assert (table["caption_nll"]["image"], table["caption_nll"]["shuffled"], table["caption_nll"]["majority"]) == (1, 3, None)
+    assert (table["caption_nll"]["image"], table["caption_nll"]["shuffled"], table["caption_nll"]["majority"]) == (
+        1,
+        3,
+        None,
+    )
     assert table["naming_f1"]["image"] == 0.75
     assert table["naming_f1"]["shuffled"] == 0
     assert table["naming_f1"]["majority"] == 0.5  # "A cat." is right twice of four

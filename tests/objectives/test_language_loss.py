@@ -1,6 +1,5 @@
 """The loss is that of a language model over its whole text, taken at the targets."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

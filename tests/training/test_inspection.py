@@ -22,7 +22,9 @@ def chats(recipe: Recipe, folder: Path, answer: str) -> None:
     recipe.data.source = str(folder / "chats.jsonl")
 
 
-def test_slots_targets_and_lengths_are_shown(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_slots_targets_and_lengths_are_shown(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     chats(recipe, tmp_path, "A red cat.")
     inspect(recipe, samples=1)
     told = capsys.readouterr().out

@@ -78,7 +78,9 @@ def test_a_step_changes_the_bridge_and_nothing_else(assembled: Assembled, pictur
     step(assembled, [make_batch(assembled, examples(pictures, 4))])
     for name, tensor in assembled.model.state_dict().items():
         assert torch.equal(tensor, before[name]) != name.startswith("bridge."), name
-    assert all(p.grad is None for tower in (assembled.model.vision, assembled.model.language) for p in tower.parameters())
+    assert all(
+        p.grad is None for tower in (assembled.model.vision, assembled.model.language) for p in tower.parameters()
+    )
 
 
 def test_a_batch_of_four_is_four_batches_of_one(recipe: Recipe, pictures: list[Image.Image]) -> None:
@@ -100,7 +102,13 @@ def test_a_run_learns_and_leaves_a_checkpoint(run: Recipe) -> None:
     folder = train(run)
     told = losses(folder)
     assert np.mean(told[-5:]) < np.mean(told[:5]) - 0.5
-    assert {p.name for p in folder.iterdir()} == {"bridge.safetensors", "config.yaml", "README.md", "metrics.jsonl", "trainer"}
+    assert {p.name for p in folder.iterdir()} == {
+        "bridge.safetensors",
+        "config.yaml",
+        "README.md",
+        "metrics.jsonl",
+        "trainer",
+    }
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(run: Recipe, tmp_path: Path) -> None:
@@ -181,7 +189,9 @@ def test_the_rate_warms_up_and_ends_at_its_least(recipe: Recipe) -> None:
     assert rates[-1] == pytest.approx(0.1)
 
 
-def test_broken_pictures_are_skipped_and_listed(run: Recipe, captions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_pictures_are_skipped_and_listed(
+    run: Recipe, captions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = (captions / "metadata.csv").read_text().splitlines()
     noise = np.random.default_rng(1)
     for i in range(12, 60):
@@ -200,11 +210,26 @@ def test_two_processes_equal_one(run: Recipe, tmp_path: Path, processes: int) ->
     one = train(replace(run, output=str(tmp_path / "one")))
     other = replace(run, output=str(tmp_path / "two"))
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({k: plain(vars(v)) if hasattr(v, "__dict__") else v for k, v in vars(other).items()}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29611"]
+    recipe.write_text(
+        yaml.safe_dump({k: plain(vars(v)) if hasattr(v, "__dict__") else v for k, v in vars(other).items()})
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--master_port",
+        "29611",
+    ]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "-m", "bridges.cli", "train", str(recipe)], capture_output=True, text=True, env=environment, timeout=200
+        [*command, "-m", "bridges.cli", "train", str(recipe)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=200,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(other.output) == pytest.approx(losses(one), abs=1e-5)
