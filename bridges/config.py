@@ -55,7 +55,7 @@ class Data:
     """How many pictures of `scenes` there are."""
     captions: int = 1
     """Captions of a picture of `scenes`, all in one row."""
-    questions: float = 2
+    questions: float = 2.0
     """Questions about a picture of `scenes`, all in one row; 0.5 is a question about every second one."""
     max_length: int = 1024
     """A text longer than so many tokens is cut at its end."""

@@ -136,7 +136,7 @@ def test_a_recipe_with_a_mistake_is_refused_in_one_line_that_names_it(file: Path
         (["steps=3"], "steps=3"),
         (["--train", "3"], "train"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_an_option_with_a_mistake_is_refused_in_one_line_that_names_it(file: Path, options: list[str], message: str):
     with pytest.raises(ValueError, match=message) as caught:

@@ -29,6 +29,8 @@ MAY: dict[str, set[str]] = {
 WHOLE_HOUSE = {"cli", "demo", "benchmark"}  # may import all, and only the command line imports them
 CLOSED = {"chat", "recipes", *WHOLE_HOUSE}
 
+BRIDGES = frozenset(bridge_names())
+
 Edge = tuple[str, str, str]  # file, its room, the room that it imports
 
 
@@ -39,7 +41,7 @@ def room_of(module: str) -> str:
         return parts[0]
     if len(parts) == 1:
         return "bridges"
-    return "a bridge" if parts[1] in bridge_names() else parts[1]
+    return "a bridge" if parts[1] in BRIDGES else parts[1]
 
 
 def imported(tree: ast.AST, package: str) -> Iterator[str]:
