@@ -42,12 +42,6 @@ class Bridge(nn.Module):
         A bridge that fills slots may scale its last weights so that they start at the size the model is used to.
         """
 
-    def match_features(self, features: Float[Tensor, "n p v"]) -> None:
-        """Called once on a fresh bridge, before its first step, with the features of some training pictures.
-
-        The encoder is frozen, so what its features have in common is a constant, which a bridge may take out.
-        """
-
     def forward(self, features: Float[Tensor, "n p v"]) -> Visual:
         raise NotImplementedError
 

@@ -18,7 +18,7 @@ def run(output: Path) -> None:
     """Train, measure, and ask about a few held-out pictures, which are left in the folder to try by hand."""
     console = Console()
     train(read_recipe(RECIPE, [f"--output={output}"]), resume=True)
-    evaluate(output, ["val"])
+    evaluate(output, ["val"], size=144)
     assembled = load(output)
     (output / "pictures").mkdir(exist_ok=True)
     scenes = Scenes("val", 500, seed=1, captions=1, questions=1)

@@ -65,12 +65,6 @@ class Projector(Bridge):
         if last.bias is not None:
             nn.init.zeros_(last.bias)
 
-    @torch.no_grad()
-    def match_features(self, features: Float[Tensor, "n p v"]) -> None:
-        """With `norm`, its bias starts at minus the mean input, so that the first steps are spent on differences."""
-        if isinstance(self.norm, nn.LayerNorm):
-            self.norm.bias -= self.norm(merge_patches(features, self.merge, self.factor)).mean((0, 1))
-
     def forward(self, features: Float[Tensor, "n p v"]) -> Visual:
         return Visual(self.layers(self.norm(merge_patches(features, self.merge, self.factor))))
 

@@ -9,7 +9,7 @@ from bridges.data.pictures import MapStyle
 
 HELD_OUT = 0.05
 MOST_HELD_OUT = 500
-CAPTIONS, QUESTIONS = 4, 4  # of a held-out picture: captions to compare with, questions of several kinds
+CAPTIONS, QUESTIONS = 4, 3  # of a held-out picture: captions to compare with, questions of several kinds
 
 
 class Part:

@@ -16,7 +16,7 @@ from bridges.evaluation.report import Shown, table_text, write_report
 from bridges.evaluation.tasks import Said, captions_of, listen, questions_of, tabulate
 
 RESULTS, REPORT = "evaluation.json", "report.html"
-AT_ONCE = 32  # examples; pictures are shuffled among them
+AT_ONCE = 48  # examples; pictures are shuffled among them
 OPENMOJI = "Pictures composed of OpenMoji 17, the open-source emoji and icon project, CC BY-SA 4.0 (openmoji.org)."
 
 

@@ -22,7 +22,7 @@ Metric = dict[str, float | int | None]
 Statistic = Callable[[np.ndarray], float]
 Seen = Callable[[Sequence[Image.Image]], Tensor]
 
-LONGEST_CAPTION, LONGEST_ANSWER = 40, 10  # new tokens
+LONGEST_CAPTION, LONGEST_ANSWER = 30, 10  # new tokens
 
 
 @dataclass

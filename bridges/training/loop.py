@@ -15,8 +15,7 @@ from torch import nn
 from bridges.checkpoint import CONFIG, Assembled, build, prepare_output, save_checkpoint
 from bridges.config import Recipe, Train
 from bridges.data.batch import Batch, collate, rows_of
-from bridges.data.conversation import Example, images_of
-from bridges.data.pictures import MapStyle, SkipBroken
+from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split
 from bridges.interrupt import interruptible
 from bridges.model import BridgedModel
@@ -24,8 +23,6 @@ from bridges.objectives.controls import CONTROLS, controlled
 from bridges.objectives.language import language_loss
 from bridges.training.display import Display
 from bridges.training.state import restore, save_state
-
-FIRST_LOOK = 64  # examples
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -45,8 +42,6 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     held_out = validation_batch(assembled, min(settings.evaluate_size, settings.batch * 4))
     optimizer = torch.optim.AdamW(parameter_groups(model.bridge, settings), lr=settings.lr, betas=settings.betas)
     first = restore(output, assembled, optimizer) if resume else 0
-    if first == 0 and not recipe.start:
-        look_first(assembled, data)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
 
     with Display(recipe, model, first, accelerator.is_main_process) as display, interruptible() as stop:
@@ -148,16 +143,6 @@ def validation_batch(assembled: Assembled, size: int) -> Batch:
     """The first held-out examples, as one batch."""
     data = SkipBroken(open_split(assembled.recipe.data, "val"))
     return make_batch(assembled, [data[i] for i in range(min(size, len(data)))])
-
-
-def look_first(assembled: Assembled, data: MapStyle[Example]) -> None:
-    """Let a fresh bridge see the features of the first training pictures, the same on every process."""
-    vision, bridge = assembled.model.vision, assembled.model.bridge
-    texts = [data[i].conversations[0].turns for i in range(min(FIRST_LOOK, len(data)))]
-    images = [image for turns in texts for image in images_of(turns)]
-    if images:
-        first = next(bridge.parameters())
-        bridge.match_features(vision(vision.preprocess(images).to(first.device)).to(first.dtype))
 
 
 def make_batch(assembled: Assembled, examples: Sequence[Any]) -> Batch:
