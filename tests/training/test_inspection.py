@@ -37,6 +37,6 @@ def test_slots_targets_and_lengths_are_shown(
 def test_data_without_a_target_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     chats(recipe, tmp_path, "A red cat.")
     recipe.language.template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    recipe.data.max_length = 22
+    recipe.data.max_length = 20
     with pytest.raises(ValueError, match="not one token is a target"):
         inspect(recipe)
