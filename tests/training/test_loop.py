@@ -168,7 +168,7 @@ def test_overflow_between_modules_is_named_too(assembled: Assembled, pictures: l
 
 
 def test_data_without_a_target_is_refused(assembled: Assembled, pictures: list[Image.Image]) -> None:
-    assembled.recipe.data.max_length = 18
+    assembled.recipe.data.max_length = 32
     with pytest.raises(ValueError, match="not one token"):
         make_batch(assembled, [Example([ask("What do you see there?", "A cat.", pictures[0])])])
 
