@@ -2,10 +2,11 @@
 
 import inspect
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import yaml
@@ -72,7 +73,8 @@ def build_bridge(
         read = parser.parse_object(options)
     except ArgumentError as error:
         raise ValueError(f"bridge {chosen.__name__}: {' '.join(str(error).split())}") from error
-    return chosen(vision_dim, num_patches, language_dim, num_layers, **{key: read[key] for key in options})
+    make: Callable[..., Bridge] = cast(Any, chosen)  # options differ from bridge to bridge
+    return make(vision_dim, num_patches, language_dim, num_layers, **{key: read[key] for key in options})
 
 
 def save_checkpoint(folder: Path, assembled: Assembled) -> None:

@@ -136,7 +136,7 @@ def parser() -> ArgumentParser:
             one.add_argument(f"--{key}", action="append", default=[], help=told[key])
         for key in switches:
             one.add_argument(f"--{key}", action="store_true", help=told[key])
-        by_hand = {*several, *switches, "overrides", "prompt"}
+        by_hand: set[str | int] = {*several, *switches, "overrides", "prompt"}
         one.add_function_arguments(verb, as_group=False, as_positional=True, skip=by_hand)
         if "prompt" in told:
             one.add_argument("--prompt", required=True, help=told["prompt"])

@@ -166,12 +166,12 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     return line + (f"; did you mean {near[0]}?" if near else "")
 
 
-def known_keys(schema: type, prefix: str = "") -> list[str]:
+def known_keys(schema: Any, prefix: str = "") -> list[str]:
     """Dotted names of everything that a recipe may say."""
     keys = []
     for entry in fields(schema):
-        inner = isinstance(entry.type, type) and is_dataclass(entry.type)
-        keys += known_keys(entry.type, f"{prefix}{entry.name}.") if inner else [f"{prefix}{entry.name}"]
+        kind: Any = entry.type
+        keys += known_keys(kind, f"{prefix}{entry.name}.") if is_dataclass(kind) else [f"{prefix}{entry.name}"]
     return keys
 
 

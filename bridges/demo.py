@@ -6,6 +6,7 @@ from rich.console import Console
 
 from bridges.checkpoint import load
 from bridges.config import read_recipe
+from bridges.data.conversation import images_of
 from bridges.data.scenes import Scenes
 from bridges.evaluation.run import evaluate
 from bridges.inference.decoding import answers
@@ -26,7 +27,7 @@ def run(output: Path) -> None:
         path = output / "pictures" / f"{index}.png"
         for conversation in scenes[index].conversations:
             turns = conversation.turns[:1]
-            turns[0].content[0].save(path)
+            images_of(turns)[0].save(path)
             said = answers(assembled, [turns], max_new_tokens=40)[0]
             console.print(f"{path}  {turns[0].content[1]}  [bold]{said}[/bold]", highlight=False)
     console.print(f"\nLook at {output / 'report.html'}, then talk to it:\n  bridges chat {output}", highlight=False)

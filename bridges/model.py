@@ -1,6 +1,7 @@
 """The splice: slots of the bridge take the image's positions among the embeddings, and the language model reads on."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,12 +119,10 @@ class BridgedModel(nn.Module):
 
         The bridge runs even where there is no image, so that every process of a parallel run has it in its graph.
         """
-        if features is None:
-            if pixel_values is None:
-                pixel_values = self.vision.preprocess([])
-            features = self.vision(pixel_values.to(input_ids.device))
-        features = features.to(input_ids.device, next(self.bridge.parameters()).dtype)
-        slots = self.bridge(features).slots
+        if pixel_values is None:
+            pixel_values = self.vision.preprocess([])
+        seen: Tensor = self.vision(pixel_values.to(input_ids.device)) if features is None else features
+        slots = self.bridge(seen.to(input_ids.device, next(self.bridge.parameters()).dtype)).slots
         is_image = input_ids == self.image_token_id
         text = self.language.embed(input_ids.masked_fill(is_image, 0))
         return fill_slots(text, is_image, slots.to(text.dtype))
@@ -148,7 +147,8 @@ class BridgedModel(nn.Module):
             steps = torch.arange(len(ids), device=ids.device)[None]
             none = ids.new_zeros(0)
             self.language(self.language.embed(ids[None]), torch.ones_like(ids[None]), steps, (none, none), cache)
-            self._prefix = Prefix(key, [(layer.keys, layer.values) for layer in cache.layers])
+            layers: Any = cache.layers
+            self._prefix = Prefix(key, [(layer.keys, layer.values) for layer in layers])
         cache = self.language.empty_cache()
         for index, (keys, values) in enumerate(self._prefix.keys_values):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)

@@ -45,7 +45,8 @@ class Projector(Bridge):
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth {depth} of the projector: it needs at least one linear layer")
-        self.merge, self.factor = merge, factor
+        self.merge: Merge = merge
+        self.factor = factor
         self.num_slots = num_slots(num_patches, merge, factor)
         self.width = vision_dim * channels_merged(merge, factor)
         widths = [self.width] + [language_dim] * depth

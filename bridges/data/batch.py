@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -37,7 +38,7 @@ class Batch:
     features: Float[Tensor, "n p v"] | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
+        moved: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in vars(self).items()}
         return Batch(**moved)
 
     @property

@@ -32,12 +32,13 @@ class LanguageTower(nn.Module):
             with quiet_transformers():
                 config = AutoConfig.from_pretrained(path, revision=revision)
                 self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, revision=revision)
-                self.model, report = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     path, config=config, revision=revision, dtype=dtype, output_loading_info=True
                 )
         except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"no causal language model in {name_or_path!r}: {reason}") from error
+        self.model, report = loaded
         if missing := sorted(report["missing_keys"]):  # transformers would make them up
             raise ValueError(
                 f"{name_or_path} lacks {len(missing)} weights of a causal language model, such as {missing[0]}"
@@ -131,7 +132,7 @@ class LanguageTower(nn.Module):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The words of some ids, special tokens left out."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, generation: Any) -> frozenset[int]:

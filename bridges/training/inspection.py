@@ -57,6 +57,6 @@ def coloured(row: Row, template: Template) -> Text:
         if token == IMAGE_TOKEN_ID:
             slots += 1
         else:
-            words = template.tokenizer.decode([token]).replace("\n", "↵\n")
+            words = str(template.tokenizer.decode([token])).replace("\n", "↵\n")
             text.append(words, style="bold green" if label != IGNORE_INDEX else "dim")
     return text

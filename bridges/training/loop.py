@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from bridges.checkpoint import CONFIG, Assembled, build, prepare_output, save_checkpoint
 from bridges.config import Recipe, Train
@@ -42,6 +42,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     held_out = validation_batch(assembled, min(settings.evaluate_size, settings.batch * 4))
     optimizer = torch.optim.AdamW(parameter_groups(model.bridge, settings), lr=settings.lr, betas=settings.betas)
     first = restore(output, assembled, optimizer) if resume else 0
+    wrapped: Any
     wrapped, optimizer = accelerator.prepare(model, optimizer)
 
     with Display(recipe, model, first, accelerator.is_main_process) as display, interruptible() as stop:
@@ -72,7 +73,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
 def train_step(
     accelerator: Accelerator,
-    model: nn.Module,
+    model: BridgedModel,
     batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     clip: float,
@@ -82,7 +83,7 @@ def train_step(
     Returns the mean loss (nats a target) and that number. Raises ValueError at a NaN or infinity, before it does harm.
     """
     device = accelerator.device
-    targets = int(accelerator.reduce(torch.tensor(sum(b.num_targets for b in batches), device=device)))
+    targets = int(summed(accelerator, torch.tensor(sum(b.num_targets for b in batches), device=device)))
     total = torch.zeros((), device=device)
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
@@ -92,7 +93,7 @@ def train_step(
             accelerator.backward(loss * (accelerator.num_processes / targets))
         total += loss.detach()
     norm = accelerator.clip_grad_norm_(model.parameters(), clip)
-    mean = float(accelerator.reduce(total)) / targets
+    mean = float(summed(accelerator, total)) / targets
     if not math.isfinite(mean) or (norm is not None and not math.isfinite(float(norm))):
         where = first_broken(accelerator.unwrap_model(model), batches[-1].to(device))
         raise ValueError(f"loss {mean}, gradient norm {norm}: {where}")
@@ -179,11 +180,18 @@ def prefetched(assembled: Assembled, data: Any, accelerator: Accelerator, first:
             yield waiting.pop(0).result()
 
 
+def summed(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """Over all processes."""
+    total = accelerator.reduce(value)
+    assert isinstance(total, Tensor)
+    return total
+
+
 def order(step: int, batch: int, size: int, seed: int) -> list[int]:
     """Which examples a step sees: epoch after epoch, each in its own order. A pure function: resuming is exact."""
-    places = np.arange(step * batch, (step + 1) * batch)
-    shuffled = {epoch: np.random.default_rng((seed, epoch)).permutation(size) for epoch in set(places // size)}
-    return [int(shuffled[place // size][place % size]) for place in places]
+    places = range(step * batch, (step + 1) * batch)
+    shuffled = {e: np.random.default_rng([seed, e]).permutation(size) for e in {p // size for p in places}}
+    return [int(shuffled[p // size][p % size]) for p in places]
 
 
 def learning_rate(step: int, settings: Train) -> float:
