@@ -4,6 +4,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +53,8 @@ def bridge_class(name: str) -> type[Bridge]:
     Raises ValueError: no such module (the nearest name is given), or not exactly one Bridge in it.
     """
     module_name = name if "." in name else f"bridges.{name}"
+    if "." in name and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a command, unlike `python -m`, does not look in the folder where it runs
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -1,3 +1,5 @@
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -5,6 +7,8 @@ import pytest
 
 from bridges.base import Bridge, bridge_class, bridge_names
 from bridges.projector import Projector
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -34,6 +38,14 @@ def test_a_name_with_a_dot_is_the_users_own_module(modules: Path):
         "from bridges.base import Bridge\nfrom bridges.projector import Projector\nclass Tiny(Bridge): pass\n"
     )
     assert bridge_class("mine.tiny").__name__ == "Tiny"
+
+
+def test_the_users_module_is_found_where_a_command_runs(tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "tiny.py").write_text("from bridges.base import Bridge\nclass Tiny(Bridge): pass\n")
+    code = "from bridges.base import bridge_class; assert bridge_class('mine.tiny').__name__ == 'Tiny'"
+    python = [sys.executable, "-P", "-c"]  # -P: as an installed command sees it
+    subprocess.run([*python, code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
 
 
 def test_an_unknown_bridge_names_the_nearest_or_all():

@@ -1,5 +1,7 @@
 """What every bridge keeps to, whoever wrote it: each file in bridges/ that defines one is tried here."""
 
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +54,20 @@ def described(options: dict[str, Any]) -> str:
     return " ".join(str(value) if key == "name" else f"{key}={value}" for key, value in options.items())
 
 
-@pytest.fixture(params=CASES, ids=described)
+@pytest.fixture(scope="module", params=CASES, ids=described)
 def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Name and options of a bridge, as its YAML says them."""
     return request.param
 
 
+@pytest.fixture(scope="module")
+def built_with(options: dict[str, Any], built: Assembled) -> Assembled:
+    return build(replace(built.recipe, bridge=options))
+
+
 @pytest.fixture
-def assembled(options: dict[str, Any], recipe: Recipe) -> Assembled:
-    recipe.bridge = options
-    return build(recipe)
+def assembled(built_with: Assembled, recipe: Recipe) -> Assembled:
+    return deepcopy(built_with)._replace(recipe=replace(recipe, bridge=built_with.recipe.bridge))
 
 
 def features_of(count: int) -> Tensor:

@@ -1,12 +1,13 @@
 """Our model is LLaVA where a recipe asks for LLaVA: same weights, same text, same logits as in transformers."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from conftest import randomise
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from bridges.checkpoint import Assembled, build
-from bridges.config import Recipe
 from bridges.data.batch import Row, collate
 from bridges.data.template import IGNORE_INDEX, IMAGE_TOKEN_ID
 
@@ -14,7 +15,7 @@ THEIR_IMAGE = 5  # in transformers the image token takes an id of the vocabulary
 
 
 def llava_of(assembled: Assembled, layer: int, strategy: str) -> LlavaForConditionalGeneration:
-    """transformers' LLaVA with the weights of our three parts, in their dtype."""
+    """transformers' LLaVA with the weights of our three parts."""
     vision, bridge, language = assembled.model.vision, assembled.model.bridge, assembled.model.language
     config = LlavaConfig(
         vision_config=vision.encoder.config,
@@ -24,7 +25,7 @@ def llava_of(assembled: Assembled, layer: int, strategy: str) -> LlavaForConditi
         vision_feature_select_strategy=strategy,
         projector_hidden_act="gelu",
     )
-    theirs = LlavaForConditionalGeneration(config).eval().to(language.dtype)
+    theirs = LlavaForConditionalGeneration(config).eval()
     inner = theirs.model
     inner.vision_tower.load_state_dict(vision.encoder.state_dict())
     inner.language_model.load_state_dict(language.model.model.state_dict())
@@ -48,20 +49,26 @@ def rows(images: list[int], slots: int) -> list[Row]:
     return result
 
 
-@pytest.mark.parametrize("images", [[1], [2], [0], [1, 2, 0, 1, 1]], ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
-@pytest.mark.parametrize(("layer", "strategy"), [(-2, "default"), (-1, "default"), (-2, "full"), (-1, "full")])
-@torch.no_grad()
-def test_logits_are_those_of_transformers_llava(
-    recipe: Recipe, images: list[int], dtype: torch.dtype, tolerance: float, layer: int, strategy: str
-):
+Pair = tuple[Assembled, LlavaForConditionalGeneration]
+
+
+@pytest.fixture(scope="module", params=[(-2, "default"), (-1, "default"), (-2, "full"), (-1, "full")], ids=str)
+def pair(request: pytest.FixtureRequest, built: Assembled) -> Pair:
+    """Our model and theirs, for a layer and a way to treat the CLS token."""
+    layer, strategy = request.param
+    recipe = deepcopy(built.recipe)
     recipe.vision.layer, recipe.vision.keep_cls = layer, strategy == "full"
     assembled = build(recipe)
-    model = assembled.model.to(dtype)
-    randomise(model.bridge)
-    theirs = llava_of(assembled, layer, strategy)
-    assert model.bridge.num_slots == (17 if strategy == "full" else 16)
+    randomise(assembled.model.bridge)
+    assert assembled.model.bridge.num_slots == (17 if strategy == "full" else 16)
+    return assembled, llava_of(assembled, layer, strategy)
 
+
+@pytest.mark.parametrize("images", [[1], [2], [0], [1, 2, 0, 1, 1]], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
+@torch.no_grad()
+def test_logits_are_those_of_transformers_llava(pair: Pair, images: list[int], dtype: torch.dtype, tolerance: float):
+    model, theirs = deepcopy(pair[0].model).to(dtype), deepcopy(pair[1]).to(dtype)
     batch = collate(rows(images, model.bridge.num_slots))
     pixels = torch.randn(sum(images), 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=dtype)
     text = batch.segments >= 0

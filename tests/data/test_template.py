@@ -121,6 +121,7 @@ def conversations(draw: st.DrawFn) -> list[Turn]:
     return turns
 
 
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module")  # beartype does, to look into lists
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(turns=conversations())
 def test_targets_are_what_the_assistant_said_and_its_end(case: tuple[str, str, Template], turns: list[Turn]):

@@ -246,8 +246,9 @@ def test_an_exception_amid_a_step_leaves_a_session_that_can_go_on(
     hook.remove()
     said = assembled.model.language.decode(ids_of(assembled, REPLIES[2])[:steps])
     assert session.turns[2:] == ([questions[2], Turn("assistant", [said])] if steps else [])
-    expected = afresh(session, questions[2])
-    assert spoken(session, questions[2]) == expected
+    other = Turn("user", [*reversed(questions[2].content[:-1]), "And these?"])
+    expected = afresh(session, other)
+    assert spoken(session, other) == expected
 
 
 def test_no_piece_splits_a_character(assembled: Assembled, questions: list[Turn]) -> None:
