@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel
@@ -173,7 +174,7 @@ def read(name: str, where: str, revision: str | None) -> tuple[Any, Any]:
         encoder, report = AutoModel.from_pretrained(where, **options)
     except KeyError as error:
         raise ValueError(f"no image encoder in {name!r}: transformers has none for {first_sentence(error)}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"no image encoder in {name!r}: {first_sentence(error)}") from error
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(("pooler", "head")))  # not on our way
     if missing:

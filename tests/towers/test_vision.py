@@ -1,5 +1,6 @@
 """Tiny random encoders of every family, saved and read back by the real code."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +278,11 @@ def test_images_of_another_size_are_refused(tmp_path):
     tower = VisionTower(save(tmp_path, siglip_vision()))
     with pytest.raises(ValueError, match=r"takes images of \(56, 56\) \(y, x\), got \(56, 70\)"):
         tower(torch.zeros(1, 3, 56, 70))
+
+
+def test_weights_cut_short_are_refused_in_one_line(tiny_clip, tmp_path):
+    folder = shutil.copytree(tiny_clip, tmp_path / "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut"):
+        VisionTower(str(folder))
