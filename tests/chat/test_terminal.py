@@ -222,14 +222,15 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
     assert captured.err.count("\n") == 1
 
 
-def ctrl_c(numbers: list[int], times: int = 1) -> Choose:
-    """Greedy, as if the user pressed Ctrl-C while the fourth token is made."""
+def ctrl_c(ids: list[int], times: int = 1) -> Choose:
+    """Greedy, as if the user pressed Ctrl-C while the fourth token is made; keeps the ids."""
 
     def choose(logits: Tensor) -> Tensor:
-        numbers.append(len(numbers))
-        for _ in range(times if len(numbers) == 4 else 0):
+        tokens = greedy(logits)
+        ids.extend(tokens.tolist())
+        for _ in range(times if len(ids) == 4 else 0):
             signal.raise_signal(signal.SIGINT)
-        return greedy(logits)
+        return tokens
 
     return choose
 
@@ -253,12 +254,15 @@ def test_an_answer_is_seen_as_it_comes(checkpoint: Path, capsys: pytest.CaptureF
 def test_ctrl_c_stops_the_answer_and_the_talk_goes_on(
     checkpoint: Path, screen: Console, times: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    numbers: list[int] = []
-    chat = Chat(Session(load(checkpoint)), ctrl_c(numbers, times), 8)
+    ids: list[int] = []
+    chat = Chat(Session(load(checkpoint)), ctrl_c(ids, times), 8)
     handler = signal.getsignal(signal.SIGINT)
     talk(chat, ["Hello", "Go on"], screen, goes_on=True)
     said = [turn.content[0] for turn in chat.session.turns if turn.role == "assistant"]
-    assert len(numbers) == 4 + 8, "the fourth token of the first answer, all of the second"
+    words = chat.session.assembled.model.language.decode
+    in_hand = 1 if times == 1 else 0  # once, the token in hand is still said; twice, it is dropped
+    assert said == [words(ids[: 3 + in_hand]).lstrip(" "), words(ids[4:]).lstrip(" ")]
+    assert len(ids) == 4 + 8
     assert capsys.readouterr().out == f"{said[0]}{said[1]}\n"
     assert shown(screen) == "\n(stopped)\n"
     assert signal.getsignal(signal.SIGINT) is handler
