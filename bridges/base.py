@@ -26,16 +26,28 @@ class Bridge(nn.Module):
     """All that trains. A subclass in `bridges/<name>.py` is a bridge called `<name>` in YAML; nothing else is needed.
 
     Its constructor is its schema: `(vision_dim, num_patches, language_dim, num_layers, *, <options>)`.
-    A bridge knows neither text nor language model.
+    A bridge knows no language model, and reads no text but the instructions that it asks for.
     """
 
     num_slots: int
     blocks: nn.ModuleDict
     """{"layer index": block that runs before that layer of the language model}; mostly empty."""
+    reads_instructions: bool = False
+    """Whether `forward` also takes what is asked about each picture, as a list of n texts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleDict()
+
+    def begin(self) -> None:
+        """Called once on a fresh bridge: the place to read weights to begin with."""
+
+    def adopt(self, weights: dict[str, Tensor]) -> None:
+        """Begin with the weights of another checkpoint. ValueError (`is …`) where they do not fit."""
+        try:
+            self.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"does not fit the bridge: {' '.join(str(error).split())}") from error
 
     def match_scale(self, embedding_rms: float) -> None:
         """Called once on a fresh bridge with the RMS of the language model's own token embeddings.

@@ -13,12 +13,16 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from bridges import __version__
 from bridges.base import Bridge, bridge_class
 from bridges.config import Recipe, recipe_from
 from bridges.data.template import IMAGE_TOKEN_ID, Template
+from bridges.interop.blip2 import is_blip2, read_blip2
 from bridges.model import BridgedModel
+from bridges.pairs import PairModel
+from bridges.towers.encoder_decoder import language_tower
 from bridges.towers.language import LanguageTower
 from bridges.towers.vision import VisionTower
 
@@ -33,18 +37,74 @@ class Assembled(NamedTuple):
     recipe: Recipe
 
 
-def build(recipe: Recipe) -> Assembled:
-    """Frozen towers and a fresh bridge (or that of the checkpoint `start`), in the state before the first step."""
-    vision = VisionTower(recipe.vision.name, recipe.vision.layer, recipe.vision.keep_cls, recipe.vision.revision)
-    language = LanguageTower(recipe.language.name, recipe.language.revision)
+class Paired(NamedTuple):
+    """A model that compares pictures and captions, and has no language model."""
+
+    model: PairModel
+    recipe: Recipe
+
+
+Built = Assembled | Paired
+
+
+def build(recipe: Recipe, fresh: bool = True) -> Assembled:
+    """Frozen towers and a fresh bridge (or that of the checkpoint `start`), in the state before the first step.
+
+    Nothing is awake: who trains says `model.train()`. Unless `fresh`, the bridge's weights are to be loaded yet.
+    """
+    vision = vision_tower(recipe)
+    language = language_tower(recipe.language.name, recipe.language.revision)
     torch.manual_seed(recipe.train.seed)
     bridge = build_bridge(recipe.bridge, vision.dim, vision.num_patches, language.dim, language.num_layers)
-    bridge.match_scale(language.embedding_rms())
-    template = Template(language.tokenizer, bridge.num_slots, recipe.language.template, recipe.language.system)
-    if recipe.start:
-        check_towers(Path(recipe.start), read_config(Path(recipe.start)), vision, language)
-        load_weights(bridge, Path(recipe.start))
-    return Assembled(BridgedModel(vision, bridge, language, IMAGE_TOKEN_ID), template, recipe)
+    if fresh:
+        bridge.begin()
+        bridge.match_scale(language.embedding_rms())
+    template = Template(
+        language.tokenizer,
+        bridge.num_slots,
+        recipe.language.template,
+        recipe.language.system,
+        bridge.reads_instructions,
+    )
+    assembled = Assembled(BridgedModel(vision, bridge, language, IMAGE_TOKEN_ID).eval(), template, recipe)
+    start_from(recipe.start, assembled)
+    return assembled
+
+
+def build_pairs(recipe: Recipe, fresh: bool = True) -> Paired:
+    """A frozen vision tower and a bridge that reads captions itself, for a recipe with `objectives`; as `build`."""
+    vision = vision_tower(recipe)
+    torch.manual_seed(recipe.train.seed)
+    bridge = build_bridge(recipe.bridge, vision.dim, vision.num_patches, 0, 0)
+    if not hasattr(bridge, "heads"):
+        raise ValueError(
+            f"objectives {', '.join(recipe.objectives)} need a bridge that reads pairs: {{name: qformer, reads: pairs}}"
+        )
+    if fresh:
+        bridge.begin()
+    paired = Paired(PairModel(vision, bridge).eval(), recipe)
+    start_from(recipe.start, paired)
+    return paired
+
+
+def vision_tower(recipe: Recipe) -> VisionTower:
+    return VisionTower(recipe.vision.name, recipe.vision.layer, recipe.vision.keep_cls, recipe.vision.revision)
+
+
+def start_from(start: str | None, built: Built) -> None:
+    """Begin with the bridge of another checkpoint, if one is named: of this stage, or of one before."""
+    if start is None:
+        return
+    folder = Path(start).expanduser()
+    if is_blip2(folder):
+        weights = read_blip2(folder)
+    else:
+        check_towers(folder, read_config(folder), built)
+        weights = read_weights(folder)
+    try:
+        built.model.bridge.adopt(weights)
+    except ValueError as error:
+        raise ValueError(f"start {folder}: its bridge {error}") from error
 
 
 def build_bridge(
@@ -77,32 +137,58 @@ def build_bridge(
     return make(vision_dim, num_patches, language_dim, num_layers, **{key: read[key] for key in options})
 
 
-def save_checkpoint(folder: Path, assembled: Assembled) -> None:
+def save_checkpoint(folder: Path, built: Built) -> None:
     """Write the bridge's weights, the recipe with the towers' fingerprints, and a model card.
 
     Each file replaces its predecessor in one go. Raises ValueError when the disk is full; nothing is half-written then.
     """
-    model, _, recipe = assembled
-    towers = {"vision": describe(model.vision), "language": describe(model.language)}
+    model, recipe = built.model, built.recipe
+    towers = {kind: describe(tower) for kind, tower in towers_of(built).items()}
     config = {"version": __version__, **asdict(recipe), "towers": towers}
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.bridge.state_dict().items()}
     write(folder / WEIGHTS, save(weights))
     write(folder / CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True).encode())
-    write(folder / CARD, card(assembled).encode())
+    write(folder / CARD, card(built).encode())
 
 
 def load(folder: str | Path) -> Assembled:
     """The model of a checkpoint folder. ValueError when towers or weights are not the ones it was trained with."""
-    folder = Path(folder)
+    recipe = recipe_of(Path(folder))
+    if recipe.objectives:
+        raise ValueError(
+            f"{folder} is of the first stage, without a language model: `bridges retrieve {folder}` compares pictures "
+            f"and texts, and a second stage with `start: {folder}` learns to talk"
+        )
+    built = build(recipe, fresh=False)
+    fill(built, Path(folder))
+    return built
+
+
+def load_pairs(folder: str | Path) -> Paired:
+    """Like `load`, of a checkpoint of the first stage."""
+    recipe = recipe_of(Path(folder))
+    if not recipe.objectives:
+        raise ValueError(
+            f"{folder} was not trained on pairs: pictures and texts are compared by a recipe with objectives"
+        )
+    built = build_pairs(recipe, fresh=False)
+    fill(built, Path(folder))
+    return built
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe that a checkpoint was trained with."""
     config = read_config(folder)
-    recipe = recipe_from(
-        {k: v for k, v in config.items() if k not in ("version", "towers")}, source=str(folder / CONFIG)
-    )
+    kept = {key: value for key, value in config.items() if key not in ("version", "towers")}
+    recipe = recipe_from(kept, source=str(folder / CONFIG))
     recipe.start = None  # its weights come from here
-    assembled = build(recipe)
-    check_towers(folder, config, assembled.model.vision, assembled.model.language)
-    load_weights(assembled.model.bridge, folder)
-    return assembled
+    return recipe
+
+
+def fill(built: Built, folder: Path) -> None:
+    """Take the weights of a checkpoint, if its towers are these."""
+    check_towers(folder, read_config(folder), built)
+    load_weights(built.model.bridge, folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -117,11 +203,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_towers(folder: Path, config: dict[str, Any], vision: VisionTower, language: LanguageTower) -> None:
-    """A bridge speaks only between the towers that it was trained with."""
-    for kind, tower in (("vision", vision), ("language", language)):
-        was, now = config["towers"][kind], describe(tower)
-        if was != now:
+def towers_of(built: Built) -> dict[str, VisionTower | LanguageTower]:
+    """Its frozen towers by their names in a recipe."""
+    language = {"language": built.model.language} if isinstance(built, Assembled) else {}
+    return {"vision": built.model.vision, **language}
+
+
+def check_towers(folder: Path, config: dict[str, Any], built: Built) -> None:
+    """A bridge speaks only between the towers that it was trained with; a first stage had no language model."""
+    for kind, tower in towers_of(built).items():
+        was, now = config["towers"].get(kind), describe(tower)
+        if was is not None and was != now:
             raise ValueError(
                 f"{folder} was trained with the {kind} tower {was['name']} (width {was['dim']}, {was['fingerprint']}), "
                 f"this is {now['name']} (width {now['dim']}, {now['fingerprint']}); give it the tower that it knows"
@@ -134,16 +226,20 @@ def describe(tower: VisionTower | LanguageTower) -> dict[str, Any]:
 
 def load_weights(bridge: Bridge, folder: Path) -> None:
     """Strict: every tensor, none more, of the right shape."""
-    path = folder / WEIGHTS
     try:
-        bridge.load_state_dict(load_file(path), strict=True)
+        bridge.load_state_dict(read_weights(folder), strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder / WEIGHTS} does not fit the bridge of its {CONFIG}: {reason}") from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / WEIGHTS)
     except FileNotFoundError:
         raise ValueError(f"no weights in {folder}: {WEIGHTS} is missing") from None
     except SafetensorError as error:
-        raise ValueError(f"{path} is broken ({error}); was the copy cut short?") from error
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not fit the bridge of its {CONFIG}: {reason}") from error
+        raise ValueError(f"{folder / WEIGHTS} is broken ({error}); was the copy cut short?") from error
 
 
 def write(path: Path, content: bytes) -> None:
@@ -180,14 +276,16 @@ def plain(value: Any) -> Any:
     return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def card(assembled: Assembled) -> str:
-    model, _, recipe = assembled
-    trained = sum(p.numel() for p in model.bridge.parameters())
+def card(built: Built) -> str:
+    """A model card: what it is, and the command that uses it."""
+    bridge, recipe = built.model.bridge, built.recipe
+    names = [tower.name for tower in towers_of(built).values()]
+    trained = sum(p.numel() for p in bridge.parameters() if p.requires_grad)
     return (
-        f"---\nlibrary_name: mm-bridges\nbase_model: [{recipe.vision.name}, {recipe.language.name}]\n---\n\n"
-        f"# A bridge from {recipe.vision.name} to {recipe.language.name}\n\n"
-        f"`{recipe.bridge['name']}`, {trained:,} trained parameters, {model.bridge.num_slots} slots an image, "
+        f"---\nlibrary_name: mm-bridges\nbase_model: [{', '.join(names)}]\n---\n\n"
+        f"# A bridge {'from ' + ' to '.join(names) if len(names) > 1 else 'on ' + names[0]}\n\n"
+        f"`{recipe.bridge['name']}`, {trained:,} trained parameters, {bridge.num_slots} slots an image, "
         f"{recipe.train.steps} steps of {recipe.train.batch} on `{recipe.data.source}`. "
         "The towers are frozen and not in here.\n\n"
-        "```\nbridges chat .\n```\n"
+        f"```\nbridges {'retrieve . --images FOLDER --text TEXT' if recipe.objectives else 'chat .'}\n```\n"
     )

@@ -30,9 +30,9 @@ class Language:
     """The frozen language model."""
 
     name: str = "bundled:smollm2-135m-instruct"
-    """Hub name or folder of any causal language model, or `bundled:smollm2-135m-instruct`."""
+    """Hub name or folder of any causal language model, of a T5 or Flan-T5, or `bundled:smollm2-135m-instruct`."""
     template: str = "chat"
-    """`chat` (the tokenizer's own), `plain`, `vicuna0`, `vicuna`, or a Jinja text."""
+    """`chat` (the tokenizer's own), `plain`, `vicuna0`, `vicuna`, `t5`, or a Jinja text."""
     system: str | None = None
     """What the system turn says in training and in chat; by default what the template itself says."""
     revision: str | None = None
@@ -59,6 +59,9 @@ class Data:
     """Questions about a picture of `scenes`, all in one row; 0.5 is a question about every second one."""
     max_length: int = 1024
     """A text longer than so many tokens is cut at its end."""
+    prefix: bool = False
+    """Split training captions at a random place between their first word and their middle; what is before it is read,
+    only what is after it is learnt: BLIP-2's prefix language modelling, which it does for encoder-decoders."""
 
 
 @dataclass
@@ -112,7 +115,11 @@ class Recipe:
     bridge: dict[str, Any] = field(default_factory=lambda: {"name": "projector"})
     """`name` of a file in bridges/ (or of your own module, with a dot) and its options."""
     start: str | None = None
-    """Checkpoint whose bridge is the starting point."""
+    """Checkpoint whose bridge is the starting point; or a BLIP-2 or InstructBLIP saved by transformers; or a recipe
+    (`.yaml`), which is run first unless that is done."""
+    objectives: dict[str, float] = field(default_factory=dict)
+    """A first stage without a language model: weights of `contrastive` or `sigmoid`, `matching`, `captioning` on pairs
+    of pictures and captions. By default the language model says what the assistant says."""
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
 
@@ -130,7 +137,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises ValueError: no such file, no YAML, an unknown key (the nearest one is named), a value of the wrong type.
     """
-    path = Path(path)
+    path = find_recipe(path)
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -141,6 +148,13 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(given, dict):
         raise ValueError(f"{path} is no recipe: it should hold keys such as output, bridge, train")
     return recipe_from(given, overrides, source=str(path))
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A path as it is; a bare name such as `demo` or `demo.yaml` may also be a recipe of the library."""
+    path = Path(name)
+    own = Path(__file__).parents[1] / "recipes" / (path.name if path.suffix == ".yaml" else f"{path.name}.yaml")
+    return own if not path.exists() and "/" not in str(name) and own.is_file() else path
 
 
 def recipe_from(given: dict[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:

@@ -1,5 +1,6 @@
 """The splice: slots of the bridge take the image's positions among the embeddings, and the language model reads on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache
 
 from bridges.base import Bridge
 from bridges.towers.language import LanguageTower
@@ -44,9 +45,13 @@ class BridgedModel(nn.Module):
         at: tuple[Int[Tensor, "s"], Int[Tensor, "s"]],
         pixel_values: Float[Tensor, "n 3 y x"] | None = None,
         features: Float[Tensor, "n p v"] | None = None,
+        asked: Sequence[str] = (),
     ) -> Float[Tensor, "s vocab"]:
-        """Logits after the positions `at`. Images are pixels or vision features, those of all rows in reading order."""
-        embeds = self.embed(input_ids, pixel_values, features)
+        """Logits after the positions `at`. Images are pixels or vision features, those of all rows in reading order.
+
+        `asked` is what is asked about each, where the bridge reads that.
+        """
+        embeds = self.embed(input_ids, pixel_values, features, asked)
         shared = self._constant_prefix(input_ids, segments, positions, at)
         kept = segments != PADDING
         if not kept.all() and int(kept.sum()) <= LONGEST_LINE and self.language.shares(int(positions.max()) + 1):
@@ -80,9 +85,10 @@ class BridgedModel(nn.Module):
         positions: Int[Tensor, "b t"],
         pixel_values: Float[Tensor, "n 3 y x"] | None = None,
         features: Float[Tensor, "n p v"] | None = None,
-    ) -> tuple[Float[Tensor, "b vocab"], DynamicCache]:
+        asked: Sequence[str] = (),
+    ) -> tuple[Float[Tensor, "b vocab"], Cache]:
         """Logits after the last column (rows end there), and the cache to go on from."""
-        embeds = self.embed(input_ids, pixel_values, features)
+        embeds = self.embed(input_ids, pixel_values, features, asked)
         rows = torch.arange(len(input_ids), device=input_ids.device)
         at = (rows, torch.full_like(rows, input_ids.shape[1] - 1))
         shared = self._constant_prefix(input_ids, segments, positions, at)
@@ -96,7 +102,7 @@ class BridgedModel(nn.Module):
         positions: Int[Tensor, "b t"],
         at: tuple[Int[Tensor, "s"], Int[Tensor, "s"]],
         cached: int,
-        cache: DynamicCache | None,
+        cache: Cache | None,
     ) -> Float[Tensor, "s vocab"]:
         """The language model over the columns that are not cached yet."""
         longest = int(positions.max()) + 1
@@ -114,6 +120,7 @@ class BridgedModel(nn.Module):
         input_ids: Int[Tensor, "b t"],
         pixel_values: Float[Tensor, "n 3 y x"] | None = None,
         features: Float[Tensor, "n p v"] | None = None,
+        asked: Sequence[str] = (),
     ) -> Float[Tensor, "b t d"]:
         """Token embeddings with the images' slots in their places.
 
@@ -122,7 +129,8 @@ class BridgedModel(nn.Module):
         if pixel_values is None:
             pixel_values = self.vision.preprocess([])
         seen: Tensor = self.vision(pixel_values.to(input_ids.device)) if features is None else features
-        slots = self.bridge(seen.to(input_ids.device, next(self.bridge.parameters()).dtype)).slots
+        seen = seen.to(input_ids.device, next(self.bridge.parameters()).dtype)
+        slots = (self.bridge(seen, asked) if self.bridge.reads_instructions else self.bridge(seen)).slots
         is_image = input_ids == self.image_token_id
         text = self.language.embed(input_ids.masked_fill(is_image, 0))
         return fill_slots(text, is_image, slots.to(text.dtype))
@@ -139,7 +147,7 @@ class BridgedModel(nn.Module):
         return length if length < input_ids.shape[1] else 0
 
     @torch.no_grad()
-    def _prefix_cache(self, ids: Int[Tensor, "p"], rows: int) -> DynamicCache:
+    def _prefix_cache(self, ids: Int[Tensor, "p"], rows: int) -> Cache:
         """A fresh cache that holds the prefix for each of `rows` rows; its content is kept from step to step."""
         key = tuple(ids.tolist())
         if self._prefix.ids != key:

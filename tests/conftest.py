@@ -1,6 +1,8 @@
 """Tiny real models, made from configs, saved to disk with tokenizer and image processor, and loaded by the real code."""
 
 import os
+import re
+import string
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -12,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -28,6 +32,9 @@ from transformers import (
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Tokenizer,
 )
 
 from bridges.checkpoint import Assembled, build, save_checkpoint
@@ -112,6 +119,25 @@ def tiny_language(family: str, folder: Path, seed: int = 0, **options: Any) -> P
     return folder
 
 
+def t5_tokenizer() -> T5Tokenizer:
+    """As T5's own: words begin with their space, `</s>` ends a text, and there is no beginning and no chat template."""
+    words = sorted({f"▁{word}" for sentence in SENTENCES for word in sentence.split()})
+    letters = ["▁", *string.ascii_letters, *string.digits, *string.punctuation]
+    scored = [*((word, -4.0) for word in words), *((letter, -8.0) for letter in letters)]
+    return T5Tokenizer([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *scored], extra_ids=0)
+
+
+def tiny_encoder_decoder(folder: Path, seed: int = 0, **options: Any) -> Path:
+    """A T5 of the newer kind, like Flan-T5, in a folder; its halves are of different depths."""
+    tokenizer = t5_tokenizer()
+    sizes: dict[str, Any] = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=3, num_heads=4)
+    newer: dict[str, Any] = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False) | options
+    config = T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, dropout_rate=0.5, **sizes, **newer)
+    randomise(T5ForConditionalGeneration(config), seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def tiny_vision(folder: Path, seed: int = 0, hidden_size: int = 16) -> Path:
     """A CLIP of 4 x 4 patches and a CLS token, with its image processor, in a folder."""
     config = CLIPVisionConfig(
@@ -127,6 +153,27 @@ def tiny_vision(folder: Path, seed: int = 0, hidden_size: int = 16) -> Path:
     side = {"height": 32, "width": 32}
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side).save_pretrained(folder)
     return folder
+
+
+def tiny_bert(folder: Path, seed: int = 0, **options: Any) -> Path:
+    """A BERT with its head, and a WordPiece tokenizer that knows some words and every letter, in a folder."""
+    words = sorted({word for sentence in SENTENCES for word in re.findall(r"[a-z]+|[.,?]", sentence.lower())})
+    letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
+    named = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    vocabulary = dict.fromkeys([*named.values(), "[MASK]", *words, *letters])
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    sizes = {**SIZES, "intermediate_size": 48, **options}
+    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=512, **sizes)
+    randomise(BertForMaskedLM(config), seed).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="session")
@@ -149,6 +196,11 @@ def family(family_folder: Path) -> LanguageTower:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_language("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_encoder_decoder(tmp_path_factory.mktemp("t5"))
 
 
 def tiny_recipe(clip: Path, llama: Path, output: Path) -> Recipe:

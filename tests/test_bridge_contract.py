@@ -20,7 +20,9 @@ from bridges.data.conversation import Conversation, Example, Turn, ask
 from bridges.inference.decoding import answers
 from bridges.objectives.language import language_loss
 from bridges.training.loop import train_step
+from bridges.training.stage import said_loss
 
+SMALL = {"queries": 5, "layers": 2, "width": 32, "heads": 4}
 # A bridge without an entry is tried with its defaults.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "projector": [
@@ -30,6 +32,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"merge": "average", "factor": 3},
         {"merge": "shuffle", "factor": 2, "norm": True},
         {"merge": "strip", "factor": 4, "depth": 2, "norm": True},
+    ],
+    "qformer": [
+        {**SMALL},
+        {**SMALL, "queries": 3, "layers": 3, "cross_every": 1, "inner": 20},
     ],
 }
 CASES = [{"name": name, **options} for name in bridge_names() for options in OPTIONS.get(name, [{}])]
@@ -227,9 +233,9 @@ def test_a_users_own_bridge_needs_a_name_with_a_dot_and_nothing_else(
     before = {name: p.detach().clone() for name, p in model.bridge.named_parameters()}
     assert before["layers.0.weight"].shape == (12, 16)
     optimizer = torch.optim.AdamW(model.bridge.parameters(), lr=1e-2)
-    loss, targets = train_step(Accelerator(), model, [batch_of(assembled, pictures)], optimizer, clip=1.0)
-    assert loss > 0
-    assert targets > 0
+    figures = train_step(Accelerator(), model, [batch_of(assembled, pictures)], optimizer, 1.0, said_loss)
+    assert figures["loss"] > 0
+    assert figures["targets"] > 0
     assert all(not torch.equal(p, before[name]) for name, p in model.bridge.named_parameters())
     save_checkpoint(Path(assembled.recipe.output), assembled)
     again = load(assembled.recipe.output)

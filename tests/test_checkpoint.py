@@ -69,7 +69,7 @@ def test_start_takes_the_bridge_of_another_checkpoint(recipe: Recipe, assembled:
     for name, tensor in assembled.model.bridge.state_dict().items():
         assert torch.equal(tensor, again.model.bridge.state_dict()[name])
     recipe.bridge = {"name": "projector", "depth": 1}
-    with pytest.raises(ValueError, match=r"bridge.safetensors does not fit the bridge .*layers.2.weight"):
+    with pytest.raises(ValueError, match=r"its bridge does not fit .*layers.2.weight"):
         build(recipe)
 
 

@@ -14,16 +14,18 @@ LEAVES = {"config", "interrupt", "base"}  # import no other room
 MAY: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "layers": set(),
-    "a bridge": {"base", "layers", "a bridge"},
+    "text": {"towers"},
+    "pairs": {"base", "towers"},
+    "a bridge": {"base", "layers", "a bridge", "pairs", "text"},
     "towers": set(),
     "data": {"config"},
     "model": {"base", "towers"},
-    "objectives": {"model", "data", "towers"},
-    "checkpoint": {"a bridge", "base", "config", "data", "model", "towers"},
+    "objectives": {"a bridge", "layers", "model", "data", "pairs", "towers"},
+    "checkpoint": {"a bridge", "base", "config", "data", "interop", "model", "pairs", "towers"},
     "training": {"checkpoint", "config", "data", "interrupt", "model", "objectives"},
-    "inference": {"checkpoint", "data", "interrupt", "model", "towers"},
+    "inference": {"a bridge", "checkpoint", "data", "interrupt", "model", "objectives", "towers"},
     "evaluation": {"checkpoint", "data", "inference", "objectives"},
-    "interop": {"checkpoint"},
+    "interop": set(),
     "chat": {"checkpoint", "data", "inference", "interrupt"},
 }
 WHOLE_HOUSE = {"cli", "demo", "benchmark"}  # may import all, and only the command line imports them

@@ -1,7 +1,7 @@
 """Rows of a batch: all texts about the same pictures share them, and each other's sight of nothing else."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,11 +24,15 @@ class Row:
     segments: list[int]
     positions: list[int]
     images: list[Image.Image]
+    asked: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Batch:
-    """Rows side by side; `segments` is -1 in padding. All pictures in reading order, as pixels or as features."""
+    """Rows side by side; `segments` is -1 in padding. All pictures in reading order, as pixels or as features.
+
+    `asked` is what is asked about each picture, where the bridge reads that.
+    """
 
     input_ids: Int[Tensor, "b t"]
     labels: Int[Tensor, "b t"]
@@ -36,9 +40,10 @@ class Batch:
     positions: Int[Tensor, "b t"]
     pixel_values: Float[Tensor, "n 3 y x"] | None = None
     features: Float[Tensor, "n p v"] | None = None
+    asked: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Batch":
-        moved: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in vars(self).items()}
+        moved: dict[str, Any] = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in vars(self).items()}
         return Batch(**moved)
 
     @property
@@ -59,15 +64,15 @@ def pack(texts: Sequence[Encoded]) -> Row:
     ids, labels = first.ids[:shared], first.labels[:shared]
     segments, positions = [0] * shared, list(range(shared))
     images = images_within(first, shared)
-    taken = len(images)
+    taken, asked = len(images), first.asked[: len(images)]
     for number, text in enumerate(texts, start=1):
         own = len(text.ids) - shared
         ids, labels = ids + text.ids[shared:], labels + text.labels[shared:]
         segments, positions = segments + [number] * own, positions + list(range(shared, shared + own))
-        images = images + text.images[taken:]
+        images, asked = images + text.images[taken:], asked + text.asked[taken:]
     if len(texts) == 1:  # a plain row: all of it is one text, and all of it may be anyone's constant prefix
         segments = [0] * len(ids)
-    return Row(ids, labels, segments, positions, images)
+    return Row(ids, labels, segments, positions, images, asked)
 
 
 def common_beginning(texts: Sequence[Encoded]) -> int:
@@ -80,13 +85,15 @@ def common_beginning(texts: Sequence[Encoded]) -> int:
     return longest
 
 
-def picture_keys(text: Encoded) -> list[int | tuple[int, int]]:
-    """The ids, where an image token also says of which picture it is."""
+def picture_keys(text: Encoded) -> list[int | tuple[int, str]]:
+    """The ids, where an image token also says of which picture it is, and what its bridge reads beside it."""
     slots = text.ids.count(IMAGE_TOKEN_ID) // max(1, len(text.images))
-    keys: list[int | tuple[int, int]] = []
+    asked = text.asked or [""] * len(text.images)
+    keys: list[int | tuple[int, str]] = []
     seen = 0
     for token in text.ids:
-        keys.append((token, id(text.images[seen // slots])) if token == IMAGE_TOKEN_ID else token)
+        which = seen // max(1, slots)
+        keys.append((id(text.images[which]), asked[which]) if token == IMAGE_TOKEN_ID else token)
         seen += token == IMAGE_TOKEN_ID
     return keys
 
@@ -110,7 +117,7 @@ def without_tail(text: Encoded) -> Encoded:
     last = max((place for place, label in enumerate(text.labels) if label != IGNORE_INDEX), default=len(text.ids) - 1)
     if IMAGE_TOKEN_ID in text.ids[last + 1 :]:
         return text
-    return Encoded(text.ids[: last + 1], text.labels[: last + 1], text.images)
+    return replace(text, ids=text.ids[: last + 1], labels=text.labels[: last + 1])
 
 
 def shorten(text: Encoded, max_length: int | None) -> Encoded:
@@ -122,7 +129,7 @@ def shorten(text: Encoded, max_length: int | None) -> Encoded:
             f"a text of {len(text.ids)} tokens has pictures beyond max_length {max_length}; "
             "raise data.max_length, or choose a bridge with fewer slots"
         )
-    return Encoded(text.ids[:max_length], text.labels[:max_length], text.images)
+    return replace(text, ids=text.ids[:max_length], labels=text.labels[:max_length])
 
 
 def collate(rows: Sequence[Row], preprocess: Preprocess | None = None, left: bool = False, share: bool = True) -> Batch:
@@ -146,6 +153,7 @@ def collate(rows: Sequence[Row], preprocess: Preprocess | None = None, left: boo
         segments=padded([r.segments for r in rows], -1),
         positions=padded([r.positions for r in rows], 0),
         pixel_values=preprocess([image for row in rows for image in row.images]) if preprocess else None,
+        asked=[words for row in rows for words in row.asked],
     )
 
 

@@ -41,6 +41,12 @@ def images_of(turns: Sequence[Turn]) -> list[Image.Image]:
     return [part for turn in turns for part in turn.content if isinstance(part, Image.Image)]
 
 
+def asked_of(turns: Sequence[Turn]) -> list[str]:
+    """What is said beside every picture, in its own turn: the instruction that an instruction-aware bridge reads."""
+    said = [" ".join(part.strip() for part in turn.content if isinstance(part, str)).strip() for turn in turns]
+    return [words for turn, words in zip(turns, said, strict=True) for _ in images_of([turn])]
+
+
 def ask(question: str, answer: str, picture: Image.Image, kind: str = "chat") -> Conversation:
     """The shortest conversation about a picture: the picture, a question, an answer."""
     return Conversation([Turn("user", [picture, question]), Turn("assistant", [answer])], kind)

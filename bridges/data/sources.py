@@ -1,11 +1,13 @@
 """Which data a recipe means, and which part of it is held out."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from bridges.config import Data
 from bridges.data.conversation import Example
 from bridges.data.formats import Rows
 from bridges.data.pictures import MapStyle
+from bridges.data.prefix import Prefixed
 
 HELD_OUT = 0.05
 MOST_HELD_OUT = 500
@@ -30,6 +32,8 @@ def open_split(data: Data, split: str) -> MapStyle[Example]:
 
     Raises ValueError: no such split, or data too small to hold anything out.
     """
+    if data.prefix and split == "train":  # held-out captions stay whole
+        return Prefixed(open_split(replace(data, prefix=False), split))
     if data.source == "scenes":
         from bridges.data.scenes import Scenes  # extra [demo]
 

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jinja2.exceptions import TemplateError
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from bridges.data.conversation import Turn, images_of
+from bridges.data.conversation import Turn, asked_of, images_of
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN_ID = -1  # in no embedding table: the language model's vocabulary stays as it is
@@ -30,29 +30,40 @@ TEMPLATES = {
     "{% if m.role == 'system' %}{{ m.content }} {% elif m.role == 'user' %}USER: {{ m.content }} "
     "{% else %}ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+    # Every text of T5 and Flan-T5 ends so, what is read and what is said.
+    "t5": "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
 }
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One text: ids with `IMAGE_TOKEN_ID` once for each slot, labels (the id where it is a target), its pictures."""
+    """One text: ids with `IMAGE_TOKEN_ID` once for each slot, labels (the id where it is a target), its pictures.
+
+    `asked` stands beside the pictures: what is asked about each, where the bridge reads that.
+    """
 
     ids: list[int]
     labels: list[int]
     images: list[Image.Image]
+    asked: list[str] = field(default_factory=list)
 
 
 class Template:
-    """`chat` is the tokenizer's own template; or one of `plain`, `vicuna0`, `vicuna`; or a Jinja text.
+    """`chat` is the tokenizer's own template; or one of `plain`, `vicuna0`, `vicuna`, `t5`; or a Jinja text.
 
-    `system` opens every conversation that has no system turn of its own.
+    `system` opens every conversation that has no system turn of its own. `instructed`: the bridge reads what is asked.
     Raises ValueError where the tokenizer has no template, the template leaves out what someone says, or is no Jinja.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, num_slots: int, source: str = "chat", system: str | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        num_slots: int,
+        source: str = "chat",
+        system: str | None = None,
+        instructed: bool = False,
     ) -> None:
-        self.tokenizer, self.num_slots, self.system = tokenizer, num_slots, system
+        self.tokenizer, self.num_slots, self.system, self.instructed = tokenizer, num_slots, system, instructed
         known = f"one of {', '.join(TEMPLATES)}, or a Jinja text"
         if source == "chat" and not tokenizer.chat_template:
             raise ValueError(f"template 'chat': this tokenizer has no chat template; choose {known}")
@@ -110,7 +121,11 @@ class Template:
         text, spans = self.render(turns, reply)
         ids, labels = self.tokenize(text, spans)
         labels[:1] = [IGNORE_INDEX] * len(labels[:1])
-        return Encoded(ids, labels, images_of(turns))
+        return Encoded(ids, labels, images_of(turns), self.asked(turns))
+
+    def asked(self, turns: Sequence[Turn]) -> list[str]:
+        """What is asked about each picture, if the bridge reads it."""
+        return asked_of(turns) if self.instructed else []
 
     def tokenize(self, text: str, spans: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[int]]:
         """Ids of a rendered text and its labels: the id where a token touches one of the `spans` (characters).

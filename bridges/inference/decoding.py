@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
 
 from bridges.checkpoint import Assembled
 from bridges.data.batch import collate, pack
@@ -49,7 +49,7 @@ def decode(
     logits: Float[Tensor, "b vocab"],
     mask: Int[Tensor, "b t"],
     positions: Int[Tensor, "b"],
-    cache: DynamicCache,
+    cache: Cache,
     choose: Choose = greedy,
 ) -> Iterator[Int[Tensor, "b"]]:
     """The tokens that follow, one for each row at a time, for ever; each is read only when the next is asked for.
@@ -88,7 +88,9 @@ def answers(
     if features is None:
         features = model.vision(model.vision.preprocess([i for row in rows for i in row.images]).to(language.device))
     batch = collate(rows, left=True, share=language.shares(longest + max_new_tokens)).to(language.device)
-    logits, cache = model.prefill(batch.input_ids, batch.segments, batch.positions, features=features)
+    logits, cache = model.prefill(
+        batch.input_ids, batch.segments, batch.positions, features=features, asked=batch.asked
+    )
     mask = (batch.segments >= 0).long()
     lengths = torch.tensor([len(row.ids) for row in rows], device=language.device)
     ends = torch.tensor(sorted(language.end_ids), device=language.device)

@@ -14,7 +14,8 @@ from bridges.inference.decoding import Choose, decode, greedy, room, spoken
 
 
 class Session:
-    """`append` a turn, `stream` the reply, and again. Each image is encoded once, each token read once.
+    """`append` a turn, `stream` the reply, and again. Each image is encoded once, each token read once (once a turn
+    where the language model has an encoder).
 
     `turns` is what was said so far. A reply that is broken off stays in the conversation as far as it came.
     """
@@ -91,8 +92,9 @@ class Session:
         template = self.assembled.template
         text, _ = template.render(self.turns, reply=True)
         # A template may put a space before the words of a turn that the first of them took with it in the reply.
-        known = re.match(f"{re.escape(self._prompt)} *{re.escape(self._said)}", text) if self._prompt else None
-        if known is None:  # nothing was read, or the template rewrites the past
+        keeps = self._prompt and not self.assembled.model.language.has_encoder
+        known = re.match(f"{re.escape(self._prompt)} *{re.escape(self._said)}", text) if keeps else None
+        if known is None:  # nothing was read that can be kept, or the template rewrites the past
             self._reread()
         ids, _ = template.tokenize(text[known.end() if known else 0 :])
         return self._unread + ids, text
@@ -103,7 +105,8 @@ class Session:
         device = model.language.device
         images = images_of(self.turns)
         self._features = torch.cat([self._features, self._encode(images[len(self._features) :])])
-        embeds = model.embed(torch.tensor([ids], device=device), features=self._features[self._seen :])
+        asked = self.assembled.template.asked(self.turns)[self._seen :]
+        embeds = model.embed(torch.tensor([ids], device=device), features=self._features[self._seen :], asked=asked)
         count = self._read + len(ids)
         positions = torch.arange(self._read, count, device=device)[None]
         mask = torch.ones(1, count, dtype=torch.long, device=device)

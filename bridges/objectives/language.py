@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -22,5 +23,9 @@ def target_nll(model: BridgedModel, batch: Batch) -> Float[Tensor, "s"]:
     """Negative log-likelihood of every target, row by row in reading order; logits are computed nowhere else."""
     rows, columns = (batch.labels != IGNORE_INDEX).nonzero(as_tuple=True)
     at = (rows, predecessors(batch.segments)[rows, columns])
-    logits = model(batch.input_ids, batch.segments, batch.positions, at, batch.pixel_values, batch.features)
-    return F.cross_entropy(logits.float(), batch.labels[rows, columns], reduction="none")
+    logits = model(
+        batch.input_ids, batch.segments, batch.positions, at, batch.pixel_values, batch.features, batch.asked
+    )
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.labels[rows, columns], reduction="none"
+    )

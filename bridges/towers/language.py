@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedTokenizerBase
 
 from bridges.towers.bundled import quiet_transformers, resolve
 from bridges.towers.precision import fastest_dtype
@@ -24,25 +24,23 @@ class LanguageTower(nn.Module):
     Raises ValueError where there is no such model, or no causal LM in it.
     """
 
+    auto: Any = AutoModelForCausalLM
+    kind = "causal language model"
+    has_encoder = False
+    """Whether an encoder reads what stands before an answer, in both directions: none of it is kept for the next."""
+
     def __init__(self, name_or_path: str, revision: str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.name, path = name_or_path, str(resolve(name_or_path))
-        dtype = dtype or fastest_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        try:
-            with quiet_transformers():
-                config = AutoConfig.from_pretrained(path, revision=revision)
-                self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, revision=revision)
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    path, config=config, revision=revision, dtype=dtype, output_loading_info=True
-                )
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"no causal language model in {name_or_path!r}: {reason}") from error
+        with explained(f"no {self.kind} in {name_or_path!r}"):
+            config = AutoConfig.from_pretrained(path, revision=revision)
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, revision=revision)
+            loaded: Any = self.auto.from_pretrained(
+                path, config=config, revision=revision, dtype=dtype or self.default_dtype(), output_loading_info=True
+            )
         self.model, report = loaded
         if missing := sorted(report["missing_keys"]):  # transformers would make them up
-            raise ValueError(
-                f"{name_or_path} lacks {len(missing)} weights of a causal language model, such as {missing[0]}"
-            )
+            raise ValueError(f"{name_or_path} lacks {len(missing)} weights of the language model, such as {missing[0]}")
         self.requires_grad_(False)
         self.train(False)
         text = self.model.config.get_text_config()
@@ -59,6 +57,10 @@ class LanguageTower(nn.Module):
     def train(self, mode: bool = True) -> "LanguageTower":  # noqa: ARG002
         """Frozen is frozen: dropout stays asleep."""
         return super().train(False)
+
+    def default_dtype(self) -> torch.dtype:
+        """What this machine runs fastest."""
+        return fastest_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def shares(self, longest: int) -> bool:
         """Whether texts of at most `longest` tokens can share a row and its beginning, each as if it stood alone.
@@ -91,7 +93,7 @@ class LanguageTower(nn.Module):
         attention_mask: Tensor,
         positions: Int[Tensor, "b t"],
         at: tuple[Int[Tensor, "s"], Int[Tensor, "s"]],
-        cache: DynamicCache | None = None,
+        cache: Cache | None = None,
     ) -> Float[Tensor, "s vocab"]:
         """Logits after the positions `at` (row indices, column indices), and nowhere else.
 
@@ -116,7 +118,7 @@ class LanguageTower(nn.Module):
     def _select_rows(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:  # noqa: ARG002
         return None if self._rows is None else (args[0][self._rows][None],)
 
-    def empty_cache(self) -> DynamicCache:
+    def empty_cache(self) -> Cache:
         return DynamicCache(config=self.model.config)
 
     def fingerprint(self) -> str:
@@ -133,6 +135,16 @@ class LanguageTower(nn.Module):
     def decode(self, ids: Sequence[int]) -> str:
         """The words of some ids, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Whatever transformers has to complain of becomes one line."""
+    try:
+        with quiet_transformers():
+            yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{what}: {str(error).strip().splitlines()[0]}") from error
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, generation: Any) -> frozenset[int]:

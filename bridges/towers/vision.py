@@ -15,13 +15,24 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    InstructBlipVisionConfig,
+    InstructBlipVisionModel,
+)
 from transformers.image_processing_backends import PilBackend
 
 from bridges.towers import efficientnet
 from bridges.towers.bundled import quiet_transformers, resolve
 from bridges.towers.precision import fastest_dtype
 
+# encoders that AutoModel does not give: EVA-CLIP's ViT-g as BLIP-2 and InstructBLIP carry it
+BESIDE: dict[type, Any] = {Blip2VisionConfig: Blip2VisionModel, InstructBlipVisionConfig: InstructBlipVisionModel}
 PREPROCESSING = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
 PREPROCESSING += ("do_normalize", "image_mean", "image_std")
 
@@ -166,12 +177,15 @@ def read(name: str, where: str, revision: str | None) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(where, revision=revision)
         config = getattr(config, "vision_config", config)
-        family: Any = MODEL_MAPPING[type(config)]
+        family: Any = BESIDE.get(type(config)) or MODEL_MAPPING[type(config)]
         if family.main_input_name != "pixel_values":
             raise ValueError(f"{config.model_type} is no image encoder")
         processor = read_processor(where, revision)
         options = {"config": config, "revision": revision, "dtype": "auto", "output_loading_info": True}
-        encoder, report = AutoModel.from_pretrained(where, **options)
+        if type(config) in BESIDE:
+            encoder, report = family.from_pretrained(where, **options, key_mapping={r"^vision_model\.": ""})
+        else:
+            encoder, report = AutoModel.from_pretrained(where, **options)
     except KeyError as error:
         raise ValueError(f"no image encoder in {name!r}: transformers has none for {first_sentence(error)}") from error
     except (OSError, ValueError, SafetensorError) as error:

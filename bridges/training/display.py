@@ -8,31 +8,32 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
-from bridges.config import Recipe
-from bridges.model import BridgedModel
+from bridges.checkpoint import Built, towers_of
 from bridges.training.state import METRICS
 
 
-def counts(model: BridgedModel) -> str:
+def counts(built: Built) -> str:
     """Who trains and who is frozen, with the number of parameters of each."""
 
-    def size(part: Any) -> str:
-        return f"{sum(p.numel() for p in part.parameters()):,}"
+    def size(part: nn.Module, trains: bool) -> int:
+        return sum(p.numel() for p in part.parameters() if p.requires_grad == trains)
 
-    return (
-        f"trains: bridge ({size(model.bridge)} parameters)   frozen: {model.vision.name} ({size(model.vision)}), "
-        f"{model.language.name} ({size(model.language)})"
-    )
+    bridge = built.model.bridge
+    frozen = [f"{tower.name} ({size(tower, False):,})" for tower in towers_of(built).values()]
+    frozen += [f"of the bridge {size(bridge, False):,}"] if size(bridge, False) else []
+    return f"trains: bridge ({size(bridge, True):,} parameters)   frozen: {', '.join(frozen)}"
 
 
 class Display:
     """Shows and logs a run on the main process; keeps still on the others."""
 
-    def __init__(self, recipe: Recipe, model: BridgedModel, first: int, main: bool) -> None:
+    def __init__(self, built: Built, first: int, main: bool) -> None:
+        recipe = built.recipe
         self.settings, self.main, self.first = recipe.train, main, first
         self.console = Console(quiet=not main)
-        self.console.print(counts(model), highlight=False)
+        self.console.print(counts(built), highlight=False)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -49,8 +50,7 @@ class Display:
 
             self.board = SummaryWriter(recipe.output)
         self.began = self.since = time.monotonic()
-        self.losses: list[float] = []
-        self.targets = 0
+        self.figures: list[dict[str, float]] = []
         self.lr = 0.0
 
     def __enter__(self) -> "Display":
@@ -64,26 +64,27 @@ class Display:
         if self.board:
             self.board.close()
 
-    def advance(self, step: int, loss: float, targets: int, lr: float) -> None:
-        self.losses.append(loss)
-        self.targets, self.lr = self.targets + targets, lr
+    def advance(self, step: int, figures: dict[str, float], lr: float) -> None:
+        self.figures.append(figures)
+        self.lr = lr
         rate = self.settings.batch * (step - self.first) / (time.monotonic() - self.began)
-        text = f"loss {loss:.3f}  lr {lr:.1e}  {rate:.1f} samples/s"
+        text = f"loss {figures['loss']:.3f}  lr {lr:.1e}  {rate:.1f} samples/s"
         self.bar.update(self.task, completed=step, description=text)
 
     def log(self, step: int) -> None:
         """One line of metrics.jsonl: means since the last."""
         seconds, self.since = time.monotonic() - self.since, time.monotonic()
-        count = len(self.losses)
+        count = len(self.figures)
+        means = {name: sum(f[name] for f in self.figures) / count for name in self.figures[0] if name != "targets"}
         row = {
             "step": step,
-            "loss": sum(self.losses) / count,
+            **means,
             "lr": self.lr,
             "samples_per_second": self.settings.batch * count / seconds,
-            "targets_per_second": self.targets / seconds,
+            "targets_per_second": sum(f["targets"] for f in self.figures) / seconds,
             "seconds": time.monotonic() - self.began,
         }
-        self.losses, self.targets = [], 0
+        self.figures = []
         self._write(row)
         if self.main and not self.console.is_terminal:
             left = (self.settings.steps - step) * (time.monotonic() - self.began) / (step - self.first)
@@ -93,10 +94,11 @@ class Display:
                 highlight=False,
             )
 
-    def validation(self, step: int, nll: dict[str, float]) -> None:
-        self._write({"step": step, "validation": {"caption_nll": nll}})
-        told = "  ".join(f"{control} {value:.3f}" for control, value in nll.items())
-        self.console.print(f"step {step}  held-out loss:  {told}", highlight=False)
+    def validation(self, step: int, figures: dict[str, dict[str, float]]) -> None:
+        self._write({"step": step, "validation": figures})
+        for name, values in figures.items():
+            told = "  ".join(f"{which} {value:.3f}" for which, value in values.items())
+            self.console.print(f"step {step}  held-out {name.replace('_', ' ')}:  {told}", highlight=False)
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.file is None:
@@ -104,8 +106,7 @@ class Display:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if self.board:
-            flat = row.get("validation", {}).get("caption_nll") or {k: v for k, v in row.items() if k != "step"}
-            for name, value in flat.items():
-                self.board.add_scalar(
-                    f"validation/{name}" if "validation" in row else f"train/{name}", value, row["step"]
-                )
+            nested = row.get("validation", {"train": {k: v for k, v in row.items() if k != "step"}})
+            for group, values in nested.items():
+                for name, value in values.items():
+                    self.board.add_scalar(f"{group}/{name}", value, row["step"])

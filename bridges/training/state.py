@@ -6,21 +6,21 @@ from pathlib import Path
 
 import torch
 
-from bridges.checkpoint import Assembled, check_towers, plain, read_config, write
+from bridges.checkpoint import Built, check_towers, plain, read_config, write
 from bridges.config import Recipe
 
 STATE, METRICS = "trainer/state.pt", "metrics.jsonl"
 
 
-def save_state(output: Path, assembled: Assembled, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_state(output: Path, built: Built, optimizer: torch.optim.Optimizer, step: int) -> None:
     """The step, the bridge's exact weights, the optimizer, the random generator: one file, replaced in one go."""
     buffer = io.BytesIO()
-    state = {"step": step, "bridge": assembled.model.bridge.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {"step": step, "bridge": built.model.bridge.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save({**state, "random": torch.get_rng_state()}, buffer)
     write(output / STATE, buffer.getvalue())
 
 
-def restore(output: Path, assembled: Assembled, optimizer: torch.optim.Optimizer) -> int:
+def restore(output: Path, built: Built, optimizer: torch.optim.Optimizer) -> int:
     """Bring a run back to where it was saved and return its step; 0 where nothing was saved yet.
 
     Raises ValueError when the recipe or the towers are not those of the run.
@@ -28,14 +28,19 @@ def restore(output: Path, assembled: Assembled, optimizer: torch.optim.Optimizer
     if not (output / STATE).exists():
         return 0
     config = read_config(output)
-    check_towers(output, config, assembled.model.vision, assembled.model.language)
-    refuse_other_recipe(output, config, assembled.recipe)
+    check_towers(output, config, built)
+    refuse_other_recipe(output, config, built.recipe)
     state = torch.load(output / STATE, weights_only=True, map_location="cpu")
-    assembled.model.bridge.load_state_dict(state["bridge"])
+    built.model.bridge.load_state_dict(state["bridge"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["random"])
     forget_after(output / METRICS, state["step"])
     return state["step"]
+
+
+def steps_done(output: Path) -> int:
+    """After how many steps a run was saved last; 0 where there is none."""
+    return torch.load(output / STATE, weights_only=True, mmap=True)["step"] if (output / STATE).exists() else 0
 
 
 def refuse_other_recipe(output: Path, config: dict, recipe: Recipe) -> None:
@@ -46,6 +51,7 @@ def refuse_other_recipe(output: Path, config: dict, recipe: Recipe) -> None:
         "data": plain(vars(recipe.data)),
         "language": vars(recipe.language),
         "vision": vars(recipe.vision),
+        "objectives": recipe.objectives,
         "train": {k: plain(v) for k, v in vars(recipe.train).items() if k not in free},
     }
     for part, values in now.items():

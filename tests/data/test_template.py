@@ -60,6 +60,7 @@ CHATS = {
     "plain": ("plain", ["<s>", "</s>"], "</s>", True),
     "vicuna": ("vicuna", ["<s>", "</s>"], "</s>", True),
     "vicuna0": ("vicuna0", ["<s>", "</s>"], "</s>", True),
+    "t5": ("t5", ["<s>", "</s>"], "</s>", True),
 }
 
 
@@ -202,14 +203,14 @@ def test_the_default_system_turn_opens_conversations_that_have_none():
 
 def test_a_tokenizer_without_a_template_is_refused_with_the_mend():
     with pytest.raises(
-        ValueError, match="this tokenizer has no chat template; choose one of plain, vicuna0, vicuna, or"
+        ValueError, match="this tokenizer has no chat template; choose one of plain, vicuna0, vicuna, t5, or"
     ):
         Template(tokenizer_of("plain", "bytes"), SLOTS)
 
 
 def test_an_unknown_template_is_refused_with_those_that_there_are():
     with pytest.raises(
-        ValueError, match="no template 'vicunna': choose chat, one of plain, vicuna0, vicuna, or a Jinja"
+        ValueError, match="no template 'vicunna': choose chat, one of plain, vicuna0, vicuna, t5, or a Jinja"
     ):
         Template(tokenizer_of("plain", "bytes"), SLOTS, "vicunna")
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from bridges.checkpoint import Assembled, build, plain
 from bridges.config import Recipe
 from bridges.data.conversation import Conversation, Example, Turn, ask
-from bridges.training.loop import learning_rate, make_batch, order, parameter_groups, train, train_step
+from bridges.training.loop import learning_rate, order, parameter_groups, train, train_step
+from bridges.training.stage import make_batch, said_loss
 from bridges.training.state import STATE
 
 WORDS = ("cat", "dog", "house", "tree", "bird")
@@ -68,9 +69,9 @@ def examples(pictures: list[Image.Image], count: int) -> list[Example]:
     return made
 
 
-def step(assembled: Assembled, batches: list, lr: float = 1e-2) -> tuple[float, int]:
+def step(assembled: Assembled, batches: list, lr: float = 1e-2) -> dict[str, float]:
     groups = parameter_groups(assembled.model.bridge, assembled.recipe.train)
-    return train_step(Accelerator(), assembled.model, batches, torch.optim.AdamW(groups, lr=lr), clip=1e9)
+    return train_step(Accelerator(), assembled.model, batches, torch.optim.AdamW(groups, lr=lr), 1e9, said_loss)
 
 
 def test_a_step_changes_the_bridge_and_nothing_else(assembled: Assembled, pictures: list[Image.Image]) -> None:
@@ -89,10 +90,10 @@ def test_a_batch_of_four_is_four_batches_of_one(recipe: Recipe, pictures: list[I
         assembled = build(recipe)
         four = examples(pictures, 4)
         batches = [make_batch(assembled, four[at : at + cut]) for at in range(0, 4, cut)]
-        results.append((*step(assembled, batches), assembled.model.bridge.state_dict()))
-    (loss, targets, weights), (other_loss, other_targets, other_weights) = results
-    assert targets == other_targets
-    assert loss == pytest.approx(other_loss, abs=1e-5)
+        results.append((step(assembled, batches), assembled.model.bridge.state_dict()))
+    (figures, weights), (other, other_weights) = results
+    assert figures["targets"] == other["targets"]
+    assert figures["loss"] == pytest.approx(other["loss"], abs=1e-5)
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, other_weights[name], atol=2e-5, rtol=1e-4)
 

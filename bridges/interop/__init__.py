@@ -1,0 +1,1 @@
+"""Released weights in, Hugging Face folders out: one file a format."""
