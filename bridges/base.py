@@ -18,7 +18,7 @@ class Visual(NamedTuple):
 
     slots: Float[Tensor, "n k d"]
     """Fills the k text positions that each image takes; k may be 0 (pure cross-attention)."""
-    memory: Float[Tensor, "n m d"] | None = None
+    memory: Float[Tensor, "n m w"] | None = None
     """Read by the bridge's blocks inside the language model."""
 
 

@@ -56,6 +56,16 @@ def build(recipe: Recipe, fresh: bool = True) -> Assembled:
     language = language_tower(recipe.language.name, recipe.language.revision)
     torch.manual_seed(recipe.train.seed)
     bridge = build_bridge(recipe.bridge, vision.dim, vision.num_patches, language.dim, language.num_layers)
+    if language.context is not None and bridge.num_slots >= language.context:
+        raise ValueError(
+            f"a picture takes {bridge.num_slots} slots, and {language.name} knows {language.context} positions in all; "
+            "choose fewer queries, or merge more patches"
+        )
+    if bridge.blocks and (language.has_encoder or not language.layers):
+        raise ValueError(
+            f"{recipe.bridge['name']} puts blocks between the layers of a decoder, and {recipe.language.name} "
+            + ("has an encoder; choose a causal language model" if language.has_encoder else "shows no list of layers")
+        )
     if fresh:
         bridge.begin()
         bridge.match_scale(language.embedding_rms())

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
-from bridges.base import Bridge
+from bridges.base import Bridge, Visual
+from bridges.sight import Sight, sight
 from bridges.towers.language import LanguageTower
 from bridges.towers.vision import VisionTower
 
@@ -46,18 +47,21 @@ class BridgedModel(nn.Module):
         pixel_values: Float[Tensor, "n 3 y x"] | None = None,
         features: Float[Tensor, "n p v"] | None = None,
         asked: Sequence[str] = (),
+        looks: Int[Tensor, "b t"] | None = None,
     ) -> Float[Tensor, "s vocab"]:
         """Logits after the positions `at`. Images are pixels or vision features, those of all rows in reading order.
 
-        `asked` is what is asked about each, where the bridge reads that.
+        `asked` is what is asked about each, where the bridge reads that; `looks` the number of the last image before
+        each position, where blocks of the bridge stand in the language model.
         """
-        embeds = self.embed(input_ids, pixel_values, features, asked)
+        slots, memory = self.see(pixel_values, features, asked)
+        embeds = self.embed(input_ids, slots)
         shared = self._constant_prefix(input_ids, segments, positions, at)
         kept = segments != PADDING
         if not kept.all() and int(kept.sum()) <= LONGEST_LINE and self.language.shares(int(positions.max()) + 1):
-            return self._read_in_line(embeds, input_ids, segments, positions, at, shared)
+            return self._read_in_line(embeds, input_ids, segments, positions, at, shared, memory, looks)
         cache = self._prefix_cache(input_ids[0, :shared], len(input_ids)) if shared else None
-        return self._read(embeds, segments, positions, at, shared, cache)
+        return self._read(embeds, segments, positions, at, shared, cache, self.sight(memory, looks, segments))
 
     def _read_in_line(
         self,
@@ -67,6 +71,8 @@ class BridgedModel(nn.Module):
         positions: Int[Tensor, "b t"],
         at: tuple[Int[Tensor, "s"], Int[Tensor, "s"]],
         cached: int,
+        memory: Float[Tensor, "n m w"] | None,
+        looks: Int[Tensor, "b t"] | None,
     ) -> Float[Tensor, "s vocab"]:
         """The language model over all rows end to end, so that nothing is padded: the same logits from fewer tokens."""
         kept = segments != PADDING
@@ -76,7 +82,9 @@ class BridgedModel(nn.Module):
         mask = F.pad(mask, (cached, 0))  # the cached prefix is everyone's
         place = rearrange(rearrange(kept, "b t -> (b t)").cumsum(0) - 1, "(b t) -> b t", b=len(kept))[at]
         cache = self._prefix_cache(input_ids[0, :cached], 1) if cached else None
-        return self.language(embeds[kept][None], mask, positions[kept][None], (torch.zeros_like(place), place), cache)
+        sight = self.sight(memory, None if looks is None else looks[kept][None], segments[kept][None], rows[None])
+        at = (torch.zeros_like(place), place)
+        return self.language(embeds[kept][None], mask, positions[kept][None], at, cache, sight)
 
     def prefill(
         self,
@@ -86,14 +94,32 @@ class BridgedModel(nn.Module):
         pixel_values: Float[Tensor, "n 3 y x"] | None = None,
         features: Float[Tensor, "n p v"] | None = None,
         asked: Sequence[str] = (),
-    ) -> tuple[Float[Tensor, "b vocab"], Cache]:
-        """Logits after the last column (rows end there), and the cache to go on from."""
-        embeds = self.embed(input_ids, pixel_values, features, asked)
+        looks: Int[Tensor, "b t"] | None = None,
+    ) -> tuple[Float[Tensor, "b vocab"], Cache, Sight | None]:
+        """Logits after the last column (rows end there), and the cache and the sight to go on with."""
+        slots, memory = self.see(pixel_values, features, asked)
+        embeds = self.embed(input_ids, slots)
         rows = torch.arange(len(input_ids), device=input_ids.device)
         at = (rows, torch.full_like(rows, input_ids.shape[1] - 1))
         shared = self._constant_prefix(input_ids, segments, positions, at)
         cache = self._prefix_cache(input_ids[0, :shared], len(rows)) if shared else self.language.empty_cache()
-        return self._read(embeds, segments, positions, at, shared, cache), cache
+        sight = self.sight(memory, looks, segments)
+        logits = self._read(embeds, segments, positions, at, shared, cache, sight)
+        return logits, cache, sight.of(slice(-1, None)) if sight else None
+
+    def sight(
+        self,
+        memory: Float[Tensor, "n m w"] | None,
+        looks: Int[Tensor, "b t"] | None,
+        segments: Int[Tensor, "b t"],
+        rows: Int[Tensor, "b t"] | None = None,
+    ) -> Sight | None:
+        """Who sees which picture inside the language model; None where the bridge has no blocks there."""
+        if not self.bridge.blocks:
+            return None
+        assert memory is not None, "blocks inside the language model need memory to read"
+        assert looks is not None, "blocks inside the language model need to know where the pictures stand"
+        return sight(self.bridge, memory, looks, visible(segments, rows))
 
     def _read(
         self,
@@ -103,6 +129,7 @@ class BridgedModel(nn.Module):
         at: tuple[Int[Tensor, "s"], Int[Tensor, "s"]],
         cached: int,
         cache: Cache | None,
+        sight: Sight | None,
     ) -> Float[Tensor, "s vocab"]:
         """The language model over the columns that are not cached yet."""
         longest = int(positions.max()) + 1
@@ -113,24 +140,27 @@ class BridgedModel(nn.Module):
             )
         mask = attention_mask(segments, self.language.dtype, skip=cached)
         rows, columns = at
-        return self.language(embeds[:, cached:], mask, positions[:, cached:], (rows, columns - cached), cache)
+        return self.language(embeds[:, cached:], mask, positions[:, cached:], (rows, columns - cached), cache, sight)
 
-    def embed(
+    def see(
         self,
-        input_ids: Int[Tensor, "b t"],
         pixel_values: Float[Tensor, "n 3 y x"] | None = None,
         features: Float[Tensor, "n p v"] | None = None,
         asked: Sequence[str] = (),
-    ) -> Float[Tensor, "b t d"]:
-        """Token embeddings with the images' slots in their places.
+    ) -> Visual:
+        """What the bridge makes of images, in its own precision.
 
-        The bridge runs even where there is no image, so that every process of a parallel run has it in its graph.
+        It runs even where there is no image, so that every process of a parallel run has it in its graph.
         """
-        if pixel_values is None:
-            pixel_values = self.vision.preprocess([])
-        seen: Tensor = self.vision(pixel_values.to(input_ids.device)) if features is None else features
-        seen = seen.to(input_ids.device, next(self.bridge.parameters()).dtype)
-        slots = (self.bridge(seen, asked) if self.bridge.reads_instructions else self.bridge(seen)).slots
+        weight = next(self.bridge.parameters())
+        if features is None:
+            pixel_values = self.vision.preprocess([]) if pixel_values is None else pixel_values
+            features = self.vision(pixel_values.to(weight.device))
+        features = features.to(weight.device, weight.dtype)
+        return self.bridge(features, asked) if self.bridge.reads_instructions else self.bridge(features)
+
+    def embed(self, input_ids: Int[Tensor, "b t"], slots: Float[Tensor, "n k d"]) -> Float[Tensor, "b t d"]:
+        """Token embeddings with the images' slots in their places."""
         is_image = input_ids == self.image_token_id
         text = self.language.embed(input_ids.masked_fill(is_image, 0))
         return fill_slots(text, is_image, slots.to(text.dtype))
@@ -139,8 +169,8 @@ class BridgedModel(nn.Module):
         self, input_ids: Tensor, segments: Tensor, positions: Tensor, at: tuple[Tensor, Tensor]
     ) -> int:
         """How many first columns are the same text in every row, so that their keys and values are a constant."""
-        if not self.language.shares(int(positions.max()) + 1):
-            return 0
+        if self.bridge.blocks or not self.language.shares(int(positions.max()) + 1):
+            return 0  # blocks train, and work on all text
         same = (input_ids == input_ids[0]) & (input_ids != self.image_token_id) & (segments == SHARED)
         length = int(same.all(0).long().cumprod(0).sum())
         length = min([length, int(at[1].min())] if len(at[1]) else [length])
@@ -173,6 +203,8 @@ def fill_slots(
             f"the text has {places} image positions, but {slots.shape[0]} images x {slots.shape[1]} slots = {given}; "
             "each image needs one marker in the text, and each marker an image"
         )
+    if not slots.shape[1]:  # and no graph for the layers before the first block
+        return embeds
     rows, columns = is_image.nonzero(as_tuple=True)
     return embeds.index_put((rows, columns), rearrange(slots, "n k d -> (n k) d"))
 
@@ -199,14 +231,18 @@ def attention_mask(
     """
     if rows is None and int(segments.max()) <= 1:
         return (segments != PADDING).long()
+    sees = visible(segments, rows)
+    blocked = torch.zeros(sees.shape, dtype=dtype, device=segments.device)
+    blocked.masked_fill_(~sees, torch.finfo(dtype).min)
+    return rearrange(blocked, "b q k -> b 1 q k")[:, :, skip:]
+
+
+def visible(segments: Int[Tensor, "b t"], rows: Int[Tensor, "b t"] | None = None) -> Bool[Tensor, "b t t"]:
+    """The crosses of `attention_mask`."""
     query, key = rearrange(segments, "b t -> b t 1"), rearrange(segments, "b t -> b 1 t")
     causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-    visible = ((key == query) | (key == SHARED)) & causal
-    if rows is not None:
-        visible &= rearrange(rows, "b t -> b t 1") == rearrange(rows, "b t -> b 1 t")
-    blocked = torch.zeros(visible.shape, dtype=dtype, device=segments.device)
-    blocked.masked_fill_(~visible, torch.finfo(dtype).min)
-    return rearrange(blocked, "b q k -> b 1 q k")[:, :, skip:]
+    sees = ((key == query) | (key == SHARED)) & causal
+    return sees if rows is None else sees & (rearrange(rows, "b t -> b t 1") == rearrange(rows, "b t -> b 1 t"))
 
 
 def contiguous(segments: Int[Tensor, "b t"]) -> bool:

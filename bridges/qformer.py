@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bridges.base import Bridge, Visual
-from bridges.layers import Attention, FeedForward, KeysValues, joined
+from bridges.layers import Attention, FeedForward, KeysValues, joined, together
 from bridges.pairs import PairHeads
-from bridges.text import Words, read_bert
+from bridges.text import Words, bert_names, read_bert
 
 EPS = 1e-12  # BERT's
 LONGEST = 512  # text positions
@@ -222,74 +222,9 @@ class Layer(nn.Module):
         return torch.cat([query, text], dim=1), own
 
 
-def apart(queries: int, real: Bool[Tensor, "b t"]) -> Bool[Tensor, "b 1 l l"]:
-    """Queries see queries, text sees text: both are embedded as if alone (contrastive). 2 queries, 2 words, padding:
-
-        q q w w -
-    q   x x . . .
-    q   x x . . .
-    w   . . x x .
-    w   . . x x .
-    -   . . x x .
-    """
-    is_text = _is_text(queries, real)
-    same = is_text[:, None] == is_text
-    return same & together(queries, real)
-
-
-def together(queries: int, real: Bool[Tensor, "b t"]) -> Bool[Tensor, "b 1 1 l"]:
-    """Everything sees everything but padding (matching, instructions). 2 queries, 2 words, padding:
-
-        q q w w -
-    *   x x x x .
-    """
-    seen = torch.cat([real.new_ones(len(real), queries), real], dim=1)
-    return rearrange(seen, "b l -> b 1 1 l")
-
-
-def writing(queries: int, real: Bool[Tensor, "b t"]) -> Bool[Tensor, "b 1 l l"]:
-    """Queries see queries; a word sees the queries, the words before and itself (captioning). 2 queries, 3 words:
-
-        q q w w w
-    q   x x . . .
-    q   x x . . .
-    w   x x x . .
-    w   x x x x .
-    w   x x x x x
-    """
-    is_text = _is_text(queries, real)
-    causal = torch.ones(len(is_text), len(is_text), dtype=torch.bool, device=real.device).tril()
-    return (~is_text | (is_text[:, None] & causal)) & together(queries, real)
-
-
-def _is_text(queries: int, real: Bool[Tensor, "b t"]) -> Bool[Tensor, "l"]:
-    return torch.arange(queries + real.shape[1], device=real.device) >= queries
-
-
 def small(module: nn.Module) -> None:
     """BERT's own first weights."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
-
-
-def bert_names(layers: int) -> dict[str, str]:
-    """Our tensors, and those of BertForMaskedLM that they begin with."""
-    modules = {"norm": "bert.embeddings.LayerNorm", "heads.transform.0": "cls.predictions.transform.dense"}
-    modules["heads.transform.2"] = "cls.predictions.transform.LayerNorm"
-    for i in range(layers):
-        ours, theirs = f"layers.{i}.", f"bert.encoder.layer.{i}."
-        for part in ("query", "key", "value"):
-            modules[f"{ours}attention.{part}"] = f"{theirs}attention.self.{part}"
-        modules[f"{ours}attention.out"] = f"{theirs}attention.output.dense"
-        modules[f"{ours}attention_norm"] = f"{theirs}attention.output.LayerNorm"
-        for feed in ("feed", "text_feed"):
-            modules[f"{ours}{feed}.0"] = f"{theirs}intermediate.dense"
-            modules[f"{ours}{feed}.2"] = f"{theirs}output.dense"
-            modules[f"{ours}{feed}_norm"] = f"{theirs}output.LayerNorm"
-    names = {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in modules.items() for kind in ("weight", "bias")}
-    names["word_table.weight"] = "bert.embeddings.word_embeddings.weight"
-    names["place_table.weight"] = "bert.embeddings.position_embeddings.weight"
-    names["heads.bias"] = "cls.predictions.bias"
-    return names

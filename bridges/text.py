@@ -62,3 +62,24 @@ def read_bert(name_or_path: str) -> tuple[Any, dict[str, Tensor]]:
     if lacking := sorted(set(report["missing_keys"]) - made_up):
         raise ValueError(f"{name_or_path} lacks {len(lacking)} weights of a BERT, such as {lacking[0]}")
     return config, {name: tensor for name, tensor in model.state_dict().items() if name not in made_up}
+
+
+def bert_names(layers: int) -> dict[str, str]:
+    """Our tensors, and those of BertForMaskedLM that they begin with."""
+    modules = {"norm": "bert.embeddings.LayerNorm", "heads.transform.0": "cls.predictions.transform.dense"}
+    modules["heads.transform.2"] = "cls.predictions.transform.LayerNorm"
+    for i in range(layers):
+        ours, theirs = f"layers.{i}.", f"bert.encoder.layer.{i}."
+        for part in ("query", "key", "value"):
+            modules[f"{ours}attention.{part}"] = f"{theirs}attention.self.{part}"
+        modules[f"{ours}attention.out"] = f"{theirs}attention.output.dense"
+        modules[f"{ours}attention_norm"] = f"{theirs}attention.output.LayerNorm"
+        for feed in ("feed", "text_feed"):
+            modules[f"{ours}{feed}.0"] = f"{theirs}intermediate.dense"
+            modules[f"{ours}{feed}.2"] = f"{theirs}output.dense"
+            modules[f"{ours}{feed}_norm"] = f"{theirs}output.LayerNorm"
+    names = {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in modules.items() for kind in ("weight", "bias")}
+    names["word_table.weight"] = "bert.embeddings.word_embeddings.weight"
+    names["place_table.weight"] = "bert.embeddings.position_embeddings.weight"
+    names["heads.bias"] = "cls.predictions.bias"
+    return names

@@ -161,7 +161,7 @@ def test_what_is_read_token_by_token_from_the_cache_is_what_is_read_in_one_pass(
     more = 5
     heads = [Row(r.ids[:-more], [], r.segments[:-more], r.positions[:-more], r.images) for r in rows]
     batch = collate(heads, model.vision.preprocess, left=True)
-    logits, cache = model.prefill(batch.input_ids, batch.segments, batch.positions, batch.pixel_values)
+    logits, cache, _ = model.prefill(batch.input_ids, batch.segments, batch.positions, batch.pixel_values)
     mask, steps = (batch.segments >= 0).long(), [logits]
     at = (torch.arange(len(rows)), torch.zeros(len(rows), dtype=torch.long))
     for step in range(more - 1):
@@ -200,7 +200,7 @@ def test_a_text_that_fits_the_window_is_learnt_packed_and_a_longer_one_alone(
     prompts = torch.cat([prefill(model, [row]) for row in apart])
     torch.testing.assert_close(prefill(model, apart, share=False), prompts, atol=1e-5, rtol=1e-5)
     row = collate(apart[:1], model.vision.preprocess)
-    reference = window.model(inputs_embeds=model.embed(row.input_ids, row.pixel_values)).logits
+    reference = window.model(inputs_embeds=model.embed(row.input_ids, model.see(row.pixel_values).slots)).logits
     at = (torch.zeros(1, dtype=torch.long), torch.tensor([len(apart[0].ids) - 1]))
     ours = model(row.input_ids, row.segments, row.positions, at, row.pixel_values)
     torch.testing.assert_close(ours, reference[:, -1], atol=1e-5, rtol=1e-5)
@@ -260,9 +260,9 @@ def test_too_many_or_too_few_pictures_are_refused_with_both_numbers(assembled: A
     batch = collate(rows_of(examples[0], template), model.vision.preprocess)
     assert batch.pixel_values is not None
     with pytest.raises(ValueError, match=r"the text has 16 image positions, but 2 images x 16 slots = 32"):
-        model.embed(batch.input_ids, batch.pixel_values.repeat(2, 1, 1, 1))
+        model.embed(batch.input_ids, model.see(batch.pixel_values.repeat(2, 1, 1, 1)).slots)
     with pytest.raises(ValueError, match=r"the text has 16 image positions, but 0 images x 16 slots = 0"):
-        model.embed(batch.input_ids)
+        model.embed(batch.input_ids, model.see().slots)
 
 
 def test_slots_are_filled_in_reading_order_and_words_stay():

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from bridges.interop.blip2 import from_blip2, names, to_blip2
-from bridges.qformer import QFormer, apart, together, writing
+from bridges.layers import apart, together, writing
+from bridges.qformer import QFormer
 from bridges.text import Words
 
 B, K, T, P = 3, 8, 10, 17

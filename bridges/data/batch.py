@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,13 +26,15 @@ class Row:
     positions: list[int]
     images: list[Image.Image]
     asked: list[str] = field(default_factory=list)
+    looks: list[int] = field(default_factory=list)
 
 
 @dataclass
 class Batch:
     """Rows side by side; `segments` is -1 in padding. All pictures in reading order, as pixels or as features.
 
-    `asked` is what is asked about each picture, where the bridge reads that.
+    `asked` is what is asked about each picture, where the bridge reads that. `looks` is the number of the last picture
+    before each position, in its own text: 1 is the batch's first, 0 none.
     """
 
     input_ids: Int[Tensor, "b t"]
@@ -41,6 +44,7 @@ class Batch:
     pixel_values: Float[Tensor, "n 3 y x"] | None = None
     features: Float[Tensor, "n p v"] | None = None
     asked: list[str] = field(default_factory=list)
+    looks: Int[Tensor, "b t"] | None = None
 
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Any] = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in vars(self).items()}
@@ -64,15 +68,17 @@ def pack(texts: Sequence[Encoded]) -> Row:
     ids, labels = first.ids[:shared], first.labels[:shared]
     segments, positions = [0] * shared, list(range(shared))
     images = images_within(first, shared)
-    taken, asked = len(images), first.asked[: len(images)]
+    taken, asked, looks = len(images), first.asked[: len(images)], first.looks[:shared]
     for number, text in enumerate(texts, start=1):
         own = len(text.ids) - shared
         ids, labels = ids + text.ids[shared:], labels + text.labels[shared:]
         segments, positions = segments + [number] * own, positions + list(range(shared, shared + own))
+        # its own pictures stand after those of the texts before
+        looks = looks + [look + (len(images) - taken) * (look > taken) for look in text.looks[shared:]]
         images, asked = images + text.images[taken:], asked + text.asked[taken:]
     if len(texts) == 1:  # a plain row: all of it is one text, and all of it may be anyone's constant prefix
         segments = [0] * len(ids)
-    return Row(ids, labels, segments, positions, images, asked)
+    return Row(ids, labels, segments, positions, images, asked, looks)
 
 
 def common_beginning(texts: Sequence[Encoded]) -> int:
@@ -117,7 +123,7 @@ def without_tail(text: Encoded) -> Encoded:
     last = max((place for place, label in enumerate(text.labels) if label != IGNORE_INDEX), default=len(text.ids) - 1)
     if IMAGE_TOKEN_ID in text.ids[last + 1 :]:
         return text
-    return replace(text, ids=text.ids[: last + 1], labels=text.labels[: last + 1])
+    return cut(text, last + 1)
 
 
 def shorten(text: Encoded, max_length: int | None) -> Encoded:
@@ -129,7 +135,12 @@ def shorten(text: Encoded, max_length: int | None) -> Encoded:
             f"a text of {len(text.ids)} tokens has pictures beyond max_length {max_length}; "
             "raise data.max_length, or choose a bridge with fewer slots"
         )
-    return replace(text, ids=text.ids[:max_length], labels=text.labels[:max_length])
+    return cut(text, max_length)
+
+
+def cut(text: Encoded, length: int) -> Encoded:
+    """Its first tokens; a picture that none of them looks at has been left out before."""
+    return replace(text, ids=text.ids[:length], labels=text.labels[:length], looks=text.looks[:length])
 
 
 def collate(rows: Sequence[Row], preprocess: Preprocess | None = None, left: bool = False, share: bool = True) -> Batch:
@@ -154,7 +165,14 @@ def collate(rows: Sequence[Row], preprocess: Preprocess | None = None, left: boo
         positions=padded([r.positions for r in rows], 0),
         pixel_values=preprocess([image for row in rows for image in row.images]) if preprocess else None,
         asked=[words for row in rows for words in row.asked],
+        looks=padded(numbered(rows), 0),
     )
+
+
+def numbered(rows: Sequence[Row]) -> list[list[int]]:
+    """Looks of all rows, with the pictures counted through the whole batch."""
+    before = [0, *accumulate(len(row.images) for row in rows)]
+    return [[look + n * (look > 0) for look in row.looks] for row, n in zip(rows, before, strict=False)]
 
 
 def common_text(ids: Sequence[list[int]]) -> int:

@@ -39,13 +39,15 @@ TEMPLATES = {
 class Encoded:
     """One text: ids with `IMAGE_TOKEN_ID` once for each slot, labels (the id where it is a target), its pictures.
 
-    `asked` stands beside the pictures: what is asked about each, where the bridge reads that.
+    `asked` stands beside the pictures: what is asked about each, where the bridge reads that. `looks` stands beside
+    the ids: the number of the last picture before each, counted from 1; 0 where there is none.
     """
 
     ids: list[int]
     labels: list[int]
     images: list[Image.Image]
     asked: list[str] = field(default_factory=list)
+    looks: list[int] = field(default_factory=list)
 
 
 class Template:
@@ -119,21 +121,22 @@ class Template:
         nothing stands before it to tell it from.
         """
         text, spans = self.render(turns, reply)
-        ids, labels = self.tokenize(text, spans)
+        ids, labels, looks = self.tokenize(text, spans)
         labels[:1] = [IGNORE_INDEX] * len(labels[:1])
-        return Encoded(ids, labels, images_of(turns), self.asked(turns))
+        return Encoded(ids, labels, images_of(turns), self.asked(turns), looks)
 
     def asked(self, turns: Sequence[Turn]) -> list[str]:
         """What is asked about each picture, if the bridge reads it."""
         return asked_of(turns) if self.instructed else []
 
-    def tokenize(self, text: str, spans: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[int]]:
-        """Ids of a rendered text and its labels: the id where a token touches one of the `spans` (characters).
+    def tokenize(self, text: str, spans: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[int], list[int]]:
+        """Ids of a rendered text, its labels (the id where a token touches one of the `spans`, characters), its looks.
 
         Each picture's mark becomes `num_slots` image tokens.
         """
         ids: list[int] = []
         labels: list[int] = []
+        looks: list[int] = []
         start = 0
         for index, piece in enumerate(text.split(IMAGE_MARK)):
             if index:
@@ -146,7 +149,8 @@ class Template:
                 said = any(first + start < stop and last + start > begin for begin, stop in spans)
                 labels.append(token if said else IGNORE_INDEX)
             start += len(piece)
-        return ids, labels
+            looks += [index] * (len(ids) - len(looks))
+        return ids, labels, looks
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:

@@ -10,6 +10,7 @@ from transformers import Cache
 from bridges.checkpoint import Assembled
 from bridges.data.batch import collate, pack
 from bridges.data.conversation import Turn
+from bridges.sight import Sight
 from bridges.towers.language import LanguageTower
 
 Choose = Callable[[Float[Tensor, "b vocab"]], Int[Tensor, "b"]]
@@ -51,10 +52,12 @@ def decode(
     positions: Int[Tensor, "b"],
     cache: Cache,
     choose: Choose = greedy,
+    sight: Sight | None = None,
 ) -> Iterator[Int[Tensor, "b"]]:
     """The tokens that follow, one for each row at a time, for ever; each is read only when the next is asked for.
 
-    `mask` says which cached columns are text (1) and which padding (0); `positions` are those of the next tokens.
+    `mask` says which cached columns are text (1) and which padding (0); `positions` are those of the next tokens;
+    `sight` is what these see of the pictures, where blocks in the language model look at them.
     """
     at = (
         torch.arange(len(logits), device=logits.device),
@@ -64,7 +67,7 @@ def decode(
         tokens = choose(logits)
         yield tokens
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        logits = language(language.embed(tokens[:, None]), mask, positions[:, None], at, cache)
+        logits = language(language.embed(tokens[:, None]), mask, positions[:, None], at, cache, sight)
         positions = positions + 1
 
 
@@ -88,15 +91,14 @@ def answers(
     if features is None:
         features = model.vision(model.vision.preprocess([i for row in rows for i in row.images]).to(language.device))
     batch = collate(rows, left=True, share=language.shares(longest + max_new_tokens)).to(language.device)
-    logits, cache = model.prefill(
-        batch.input_ids, batch.segments, batch.positions, features=features, asked=batch.asked
-    )
+    images = {"features": features, "asked": batch.asked, "looks": batch.looks}
+    logits, cache, sight = model.prefill(batch.input_ids, batch.segments, batch.positions, **images)
     mask = (batch.segments >= 0).long()
     lengths = torch.tensor([len(row.ids) for row in rows], device=language.device)
     ends = torch.tensor(sorted(language.end_ids), device=language.device)
     said: list[Tensor] = []
     done = torch.zeros(len(rows), dtype=torch.bool, device=language.device)
-    for tokens in decode(language, logits, mask, lengths, cache, choose):
+    for tokens in decode(language, logits, mask, lengths, cache, choose, sight):
         said.append(tokens)
         done |= torch.isin(tokens, ends)
         if done.all() or len(said) == max_new_tokens:

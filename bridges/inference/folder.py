@@ -69,13 +69,14 @@ class Folder:
         """How many pictures were skipped, and one a line which and why."""
         lines = [f"  {line}" for _, line in sorted(self.broken.items())[:most]]
         rest = len(self.broken) - len(lines)
-        head = f"{len(self.broken)} of {len(self.broken) + len(self)} pictures were skipped"
+        head = f"{len(self.broken)} of {len(self.broken) + len(self)} pictures skipped"
         return "\n".join([head, *lines, *([f"  … and {rest} more"] if rest else [])])
 
     def _encode(self, new: dict[str, Path], console: Console | None) -> None:
         """Shard after shard, each kept as soon as it is done: what is broken off goes on from there."""
         starts = range(0, len(new), SHARD)
-        for start in track(starts, "encoding pictures", console=console, transient=True, disable=console is None):
+        seen = console is not None and console.is_terminal
+        for start in track(starts, "encoding pictures", console=console, transient=True, disable=not seen):
             opened = dict(self._open(list(new.items())[start : start + SHARD]))
             if not opened:
                 continue

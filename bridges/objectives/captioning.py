@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bridges.layers import KeysValues
-from bridges.qformer import QFormer, writing
+from bridges.layers import KeysValues, writing
+from bridges.qformer import QFormer
 
 SMOOTHING = 0.1
 

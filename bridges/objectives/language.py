@@ -23,9 +23,8 @@ def target_nll(model: BridgedModel, batch: Batch) -> Float[Tensor, "s"]:
     """Negative log-likelihood of every target, row by row in reading order; logits are computed nowhere else."""
     rows, columns = (batch.labels != IGNORE_INDEX).nonzero(as_tuple=True)
     at = (rows, predecessors(batch.segments)[rows, columns])
-    logits = model(
-        batch.input_ids, batch.segments, batch.positions, at, batch.pixel_values, batch.features, batch.asked
-    )
+    images = (batch.pixel_values, batch.features, batch.asked, batch.looks)
+    logits = model(batch.input_ids, batch.segments, batch.positions, at, *images)
     return F.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.labels[rows, columns], reduction="none"
     )

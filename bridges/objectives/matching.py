@@ -5,10 +5,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bridges.layers import together
 from bridges.objectives.contrastive import Compared
 from bridges.objectives.gather import gather, gather_ragged, rank
 from bridges.pairs import PairHeads
-from bridges.qformer import Memory, QFormer, together
+from bridges.qformer import Memory, QFormer
 
 
 def match_logits(

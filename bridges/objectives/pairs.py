@@ -10,13 +10,13 @@ from torch import Tensor
 
 from bridges.data.conversation import Example
 from bridges.data.pairs import PairBatch, collate_pairs, pair_of
-from bridges.layers import KeysValues
+from bridges.layers import KeysValues, apart
 from bridges.objectives.captioning import SMOOTHING, captioning_loss
 from bridges.objectives.contrastive import Compared, contrastive_loss, embed_images, embed_texts, sigmoid_loss
 from bridges.objectives.gather import total
 from bridges.objectives.matching import matching_loss
 from bridges.pairs import PairModel
-from bridges.qformer import Memory, QFormer, apart
+from bridges.qformer import Memory, QFormer
 
 NAMES = ("contrastive", "sigmoid", "matching", "captioning")
 

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedTokenizerBase
 
+from bridges.sight import Sight
 from bridges.towers.bundled import quiet_transformers, resolve
 from bridges.towers.precision import fastest_dtype
 
@@ -53,6 +55,10 @@ class LanguageTower(nn.Module):
         self.end_ids = end_ids(self.tokenizer, self.model.generation_config)
         self._rows: tuple[Tensor, Tensor] | None = None
         self.model.get_output_embeddings().register_forward_pre_hook(self._select_rows)
+        self._sight: Sight | None = None
+        self.layers = decoder_layers(self.model, self.num_layers)
+        for index, layer in enumerate(self.layers):
+            layer.register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True)
 
     def train(self, mode: bool = True) -> "LanguageTower":  # noqa: ARG002
         """Frozen is frozen: dropout stays asleep."""
@@ -94,29 +100,40 @@ class LanguageTower(nn.Module):
         positions: Int[Tensor, "b t"],
         at: tuple[Int[Tensor, "s"], Int[Tensor, "s"]],
         cache: Cache | None = None,
+        sight: Sight | None = None,
     ) -> Float[Tensor, "s vocab"]:
         """Logits after the positions `at` (row indices, column indices), and nowhere else.
 
         The mask is `b all` (1 = token, 0 = padding) or additive `b 1 t all`; `all` counts the cached positions too.
         The head sees the chosen rows only; what a family does to logits afterwards (soft cap, scale) is elementwise.
+        With `sight` its blocks run before their layers.
         """
         arguments: dict[str, Any] = {"inputs_embeds": embeds.to(self.dtype), "attention_mask": attention_mask}
         if self.takes_positions:
             arguments["position_ids"] = positions
-        with self._head_sees(at):
+        with self._head_sees(at, sight):
             output = self.model(**arguments, past_key_values=cache, use_cache=cache is not None)
         return output.logits[0]
 
     @contextmanager
-    def _head_sees(self, at: tuple[Tensor, Tensor]):
-        self._rows = at
+    def _head_sees(self, at: tuple[Tensor, Tensor], sight: Sight | None = None):
+        self._rows, self._sight = at, sight
         try:
             yield
         finally:
-            self._rows = None
+            self._rows = self._sight = None
 
     def _select_rows(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:  # noqa: ARG002
         return None if self._rows is None else (args[0][self._rows][None],)
+
+    def _before_layer(self, index: int, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the block that stands before a layer change what enters it. Families pass it by place or by name."""
+        if self._sight is None:
+            return None
+        changed = self._sight.before(index, args[0] if args else kwargs["hidden_states"])
+        if changed is None:
+            return None
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
     def empty_cache(self) -> Cache:
         return DynamicCache(config=self.model.config)
@@ -135,6 +152,12 @@ class LanguageTower(nn.Module):
     def decode(self, ids: Sequence[int]) -> str:
         """The words of some ids, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def decoder_layers(model: nn.Module, number: int) -> list[nn.Module]:
+    """The layers of a language model: the outermost list of as many modules as it has layers; empty where none is."""
+    lists = [(name.count("."), m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    return next((list(m) for _, m in sorted(lists, key=lambda found: found[0]) if len(m) == number), [])
 
 
 @contextmanager

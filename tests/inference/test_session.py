@@ -106,7 +106,7 @@ def same_in_one_go(assembled: Assembled, questions: Sequence[Turn], space: str =
     at = (torch.zeros(len(targets), dtype=torch.long), torch.tensor(targets) - 1)
     unread = len(template.tokenize(template.render(session.turns)[0].rpartition(REPLIES[-1])[2])[0])
     assert sum(tokens) == len(text.ids) - unread, "each token is read once; the end of the last reply has not been yet"
-    embeds = model.embed(ids, model.vision.preprocess(text.images))
+    embeds = model.embed(ids, model.see(model.vision.preprocess(text.images)).slots)
     whole = model.language(embeds, torch.ones_like(ids), torch.arange(len(text.ids))[None], at)
     cached = torch.cat(seen)
     torch.testing.assert_close(cached, whole, atol=1e-4, rtol=1e-4)

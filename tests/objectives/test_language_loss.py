@@ -32,7 +32,7 @@ def with_batch(assembled: Assembled, rows: list[Row]) -> Batch:
 @torch.no_grad()
 def test_it_is_the_cross_entropy_of_the_shifted_logits(assembled: Assembled, rows: list[Row]):
     model, batch = assembled.model, with_batch(assembled, rows)
-    embeds = model.embed(batch.input_ids, batch.pixel_values)
+    embeds = model.embed(batch.input_ids, model.see(batch.pixel_values).slots)
     logits = model.language.model(inputs_embeds=embeds, attention_mask=(batch.segments >= 0).long()).logits
     expected = F.cross_entropy(
         logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="none"

@@ -12,6 +12,7 @@ from conftest import randomise
 from torch import Tensor
 
 from bridges.data.pairs import PairBatch
+from bridges.layers import writing
 from bridges.objectives.captioning import captioning_loss, written
 from bridges.objectives.contrastive import (
     Compared,
@@ -24,7 +25,7 @@ from bridges.objectives.contrastive import (
 from bridges.objectives.matching import hard_negatives, matching_loss
 from bridges.objectives.pairs import PairObjective, compare, held_out_pairs
 from bridges.pairs import PairHeads, PairModel
-from bridges.qformer import QFormer, writing
+from bridges.qformer import QFormer
 from bridges.towers.vision import VisionTower
 
 B, P, K = 6, 16, 3

@@ -155,6 +155,11 @@ def test_a_first_stage_of_another_encoder_or_other_sizes_is_refused(first: Recip
     assert not (tmp_path / "run_second").exists()
 
 
+def test_more_queries_than_the_language_model_has_positions_are_refused(recipe: Recipe) -> None:
+    with pytest.raises(ValueError, match=r"takes 600 slots, and .* knows 512 positions"):
+        build(replace(recipe, bridge={**SMALL, "queries": 600}))
+
+
 def test_a_recipe_that_starts_from_another_runs_it_first_and_once(first: Recipe, tmp_path: Path) -> None:
     given = {
         "output": first.output,
