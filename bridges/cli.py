@@ -82,6 +82,31 @@ def chat(
     run(checkpoint, images=image, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
 
 
+def retrieve(
+    checkpoint: str,
+    images: str | None = None,
+    image: list[str] = [],
+    text: list[str] = [],
+    texts: str | None = None,
+    top: int = 5,
+    rerank: int = 16,
+) -> None:
+    """Find the pictures of a folder that fit a text, or the text that fits a picture; one of each: do they match?
+
+    Args:
+        checkpoint: folder that `bridges train` made with a recipe of the first stage, such as demo_qformer_stage1
+        images: folder of pictures to search; what the encoder sees in them is kept, so that the next search is quick
+        image: a picture whose text is looked for; give the option again for more
+        text: what to look for, or to compare with; give the option again for more
+        texts: a file with a text in each line
+        top: how many to show
+        rerank: how many of the nearest the matching head looks at and reorders
+    """
+    from bridges.inference.retrieve import retrieve
+
+    retrieve(checkpoint, images=images, image=image, text=text, texts=texts, top=top, rerank=rerank)
+
+
 def train(recipe: str, overrides: list[str], resume: bool = False) -> None:
     """Train a bridge as a recipe says; every key can be overridden: --train.lr 1e-3 --bridge.depth 2.
 
@@ -92,8 +117,10 @@ def train(recipe: str, overrides: list[str], resume: bool = False) -> None:
     from bridges.config import read_recipe
     from bridges.training.loop import train
 
-    output = train(read_recipe(find_recipe(recipe), overrides), resume)
-    Console().print(f"done: bridges evaluate {output}   bridges chat {output}", highlight=False)
+    read = read_recipe(recipe, overrides)
+    output = train(read, resume)
+    use = "retrieve" if read.objectives else "chat"
+    Console().print(f"done: bridges evaluate {output}   bridges {use} {output}", highlight=False)
 
 
 def inspect(recipe: str, overrides: list[str], samples: int = 3) -> None:
@@ -106,16 +133,12 @@ def inspect(recipe: str, overrides: list[str], samples: int = 3) -> None:
     from bridges.config import read_recipe
     from bridges.training.inspection import inspect
 
-    inspect(read_recipe(find_recipe(recipe), overrides), samples)
+    inspect(read_recipe(recipe, overrides), samples)
 
 
-VERBS: dict[str, Callable[..., None]] = {v.__name__: v for v in (demo, train, evaluate, generate, chat, inspect)}
-
-
-def find_recipe(name: str) -> str:
-    """A path as it is; a bare name such as `demo` or `demo.yaml` may also be a recipe of the library."""
-    own = Path(__file__).parents[1] / "recipes" / (name if name.endswith(".yaml") else f"{name}.yaml")
-    return str(own) if not Path(name).exists() and "/" not in name and own.is_file() else name
+VERBS: dict[str, Callable[..., None]] = {
+    v.__name__: v for v in (demo, train, evaluate, generate, chat, retrieve, inspect)
+}
 
 
 def parser() -> ArgumentParser:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bridges.cli import find_recipe, main, split_overrides
+from bridges.cli import main, split_overrides
+from bridges.config import find_recipe
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -22,11 +23,11 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_help_names_every_verb_without_torch() -> None:
     code = "import sys; from bridges.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert all(verb in told for verb in ("demo", "train", "evaluate", "generate", "chat", "inspect"))
+    assert all(verb in told for verb in ("demo", "train", "evaluate", "generate", "chat", "retrieve", "inspect"))
     assert told.strip().endswith("False")
 
 
-@pytest.mark.parametrize("verb", ["demo", "train", "evaluate", "generate", "chat", "inspect"])
+@pytest.mark.parametrize("verb", ["demo", "train", "evaluate", "generate", "chat", "retrieve", "inspect"])
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([verb, "--help"])
@@ -46,7 +47,7 @@ def test_a_recipe_of_the_library_is_found_by_its_name(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert Path(find_recipe("demo")).is_file()
     (tmp_path / "demo.yaml").write_text("output: mine")
-    assert find_recipe("demo.yaml") == "demo.yaml"
+    assert find_recipe("demo.yaml") == Path("demo.yaml")
 
 
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

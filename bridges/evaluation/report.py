@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,16 @@ import rich.table
 from PIL import Image
 
 Table = Mapping[str, Mapping[str, Mapping[str, float | int | None]]]
-"""{split: {metric: {"image", "shuffled", "blank", "majority", "low", "high", "n"}}}; None where there is no figure."""
+"""{split: {metric: {one of COLUMNS or "low", "high": figure}}}; None, or nothing, where there is no figure."""
 
 COLUMNS = {
     "image": "the score with the right picture; beneath it its 95 % interval (bootstrap over pictures)",
+    "reranked": "the score after the matching head has reordered what the first column finds by cosine alone",
     "shuffled": "the score with the picture of another example: what is left is guessed from the text",
     "blank": "the score with an empty picture",
+    "chance": "no model at all: a random order, or every word alike",
     "majority": "no model at all: always the most frequent answer",
-    "n": "how many captions or questions were scored",
+    "n": "how many captions, questions or queries were scored",
 }
 METRICS = {
     "caption_nll": (
@@ -35,6 +38,16 @@ METRICS = {
     "bleu4": ("BLEU-4 ↑", "how many of a caption's runs of one to four words occur in its references; 0 to 1"),
     "naming_f1": ("Naming F1 ↑", "whether captions name all objects in the picture and no others; 0 to 1"),
     "answer_accuracy": ("Answer accuracy ↑", "the share of questions whose answer is exactly right; 0 to 1"),
+    "recall": (
+        "R@k ↑",
+        "recall: how often a right text of a picture (or picture of a text) is among the first k; 0 to 1",
+    ),
+    "matching_accuracy": (
+        "Matching accuracy ↑",
+        "how often the matching head is right about true pairs and pairs that are hard to tell from them; 0 to 1",
+    ),
+    "cost/seconds": ("Seconds a query ↓", "time to embed and compare, without the time to see the pictures"),
+    "cost/pairs": ("Pairs a query", "with how many a query is compared, and of how many the matching head is asked"),
 }
 COLOURS = {"image": "#2f80ed", "shuffled": "#e07b1a", "blank": "#a259d9"}
 GREY = "#7f7f80"  # stands for the page's own text colour in the plot
@@ -70,7 +83,7 @@ footer { margin-top: 2.5rem; color: var(--soft); font-size: .85rem; }
 @media (max-width: 600px) {
   body { padding: 1.5rem .8rem; } h1 { font-size: 1.5rem; } .card { padding: .9rem; }
   .notes { grid-template-columns: 1fr; gap: 0; } .notes dd { margin-bottom: .5rem; }
-  tr { display: grid; grid-template-columns: 1.5fr 1fr 1fr 1.1fr .8fr; } td, thead th { padding: .25rem 0; }
+  tr { display: grid; grid-template-columns: 1.5fr repeat(var(--others), 1fr); } td, thead th { padding: .25rem 0; }
   th:first-child { grid-column: 1 / -1; width: auto; padding-bottom: 0; } thead th:first-child { display: none; }
   td:nth-child(2), thead th:nth-child(2) { text-align: left; } th.kind { padding-left: 0; }
 }
@@ -79,13 +92,17 @@ footer { margin-top: 2.5rem; color: var(--soft); font-size: .85rem; }
 
 @dataclass(frozen=True)
 class Shown:
-    """A held-out picture, what was asked, the true answer, the model's answer, and its answer to another picture."""
+    """A held-out picture, what was asked, the true answer, the model's answer, and its answer to another picture.
+
+    `names` is what the last three are called.
+    """
 
     picture: Image.Image
     prompt: str
     reference: str
     answer: str
     shuffled: str
+    names: tuple[str, str, str] = ("Reference", "Answer", "Answer to another picture")
 
 
 def write_report(
@@ -97,15 +114,19 @@ def write_report(
     pictures: Sequence[Shown],
     details: Mapping[str, str],
     attribution: str | None = None,
+    unit: str = "nats per token",
 ) -> None:
     """One HTML file that needs nothing else: run facts, loss curve, the table and pictures with their answers.
 
     `history` are the rows of metrics.jsonl (see `plot_history`), `details` the facts of the run in the order to show,
-    `attribution` the line owed to whoever drew the pictures. The file appears whole or not at all.
+    `attribution` the line owed to whoever drew the pictures, `unit` that of the loss. The file appears whole or not at
+    all.
     """
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in details.items())
-    curve = f'<figure class="card">{plot_history(history)}</figure>' if history else ""
-    notes = "".join(f"<dt>{name}</dt><dd>{text}.</dd>" for name, text in [*METRICS.values(), *COLUMNS.items()])
+    curve = f'<figure class="card">{plot_history(history, unit)}</figure>' if history else ""
+    explained = {_key(metric) for rows in table.values() for metric in rows}
+    told = [*(METRICS[key] for key in METRICS if key in explained), *((c, COLUMNS[c]) for c in columns(table))]
+    notes = "".join(f"<dt>{name}</dt><dd>{text}.</dd>" for name, text in told)
     shown = f'<h2>Held-out pictures</h2><div class="grid">{"".join(map(_figure, pictures))}</div>' if pictures else ""
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -113,8 +134,8 @@ def write_report(
 <h1>{escape(title)}</h1>
 <div class="top"><dl class="facts card">{facts}</dl>{curve}</div>
 <h2>Does it look at the picture?</h2>
-<p class="soft">Only as far as its score with the right picture is better than with a shuffled or a blank one.</p>
-{"".join(_split(name, rows) for name, rows in table.items())}
+<p class="soft">Only as far as its score with the right picture is better than with another, none, or by chance.</p>
+{"".join(_split(name, rows, columns(table)) for name, rows in table.items())}
 <dl class="notes">{notes}</dl>
 {shown}
 {f"<footer>{escape(attribution)}</footer>" if attribution else ""}
@@ -129,7 +150,7 @@ def write_report(
         part.unlink(missing_ok=True)
 
 
-def plot_history(history: Sequence[Mapping[str, Any]]) -> str:
+def plot_history(history: Sequence[Mapping[str, Any]], unit: str = "nats per token") -> str:
     """The loss curve as an inline SVG in the page's own text colour, readable on light and on dark.
 
     Rows {"step", "loss"} make the training loss, rows {"step", "validation": {"caption_nll": {"image", "shuffled",
@@ -153,7 +174,7 @@ def plot_history(history: Sequence[Mapping[str, Any]]) -> str:
                 label = f"validation, {name}"
                 axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.8, markersize=3, label=label)
         axes.set_xlabel("step", color=GREY)
-        axes.set_ylabel("nats per token", color=GREY)
+        axes.set_ylabel(unit, color=GREY)
         axes.tick_params(colors=GREY)
         axes.grid(color=GREY, alpha=0.2, linewidth=0.6)
         axes.spines[:].set_visible(False)
@@ -168,29 +189,35 @@ def plot_history(history: Sequence[Mapping[str, Any]]) -> str:
 
 def table_text(table: Table) -> rich.table.Table:
     """The table for the terminal: a block for each split, a row for each metric."""
-    shown = rich.table.Table("", "image [95 % interval]", *list(COLUMNS)[1:], box=None, pad_edge=False)
+    first, *others = columns(table)
+    shown = rich.table.Table("", f"{first} [95 % interval]", *others, box=None, pad_edge=False)
     for column in shown.columns[1:]:
         column.justify = "right"
     for split, rows in table.items():
         shown.add_row(f"[bold]{rich.markup.escape(split)}[/]")
         for metric, row in rows.items():
-            label = ("    " if "/" in metric else "  ") + rich.markup.escape(_label(metric))
-            image, *others = (_number(row, column) for column in COLUMNS)
+            label = ("    " if _is_kind(metric) else "  ") + rich.markup.escape(_label(metric))
+            image, *figures = (_number(row, column) for column in (first, *others))
             interval = f" [dim]\\[{_interval(row)}][/]" if _interval(row) else ""
-            shown.add_row(label, f"[bold]{image}[/]{interval}", *others)
+            shown.add_row(label, f"[bold]{image}[/]{interval}", *figures)
     return shown
 
 
-def _split(name: str, rows: Mapping[str, Mapping[str, float | int | None]]) -> str:
-    head = "".join(f'<th scope="col">{column}</th>' for column in ("", *COLUMNS))
+def columns(table: Table) -> list[str]:
+    """Those of which some metric has a figure to show, or misses one."""
+    return [column for column in COLUMNS if any(column in row for rows in table.values() for row in rows.values())]
+
+
+def _split(name: str, rows: Mapping[str, Mapping[str, float | int | None]], shown: Sequence[str]) -> str:
+    head = "".join(f'<th scope="col">{column}</th>' for column in ("", *shown))
     body = ""
     for metric, row in rows.items():
-        kind = ' class="kind"' if "/" in metric else ""
-        image, *others = (_number(row, column) for column in COLUMNS)
+        kind = ' class="kind"' if _is_kind(metric) else ""
+        image, *others = (_number(row, column) for column in shown)
         cells = f"<td><b>{image}</b><small>{_interval(row)}</small></td>" + "".join(f"<td>{x}</td>" for x in others)
         body += f'<tr><th scope="row"{kind}>{escape(_label(metric))}</th>{cells}</tr>'
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<h3>{escape(name)}</h3><div class="card">{table}</div>'
+    table = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<h3>{escape(name)}</h3><div class="card"><table style="--others: {len(shown) - 1}">{table}</table></div>'
 
 
 def _figure(shown: Shown) -> str:
@@ -200,11 +227,8 @@ def _figure(shown: Shown) -> str:
     picture = shown.picture if form == "PNG" else shown.picture.convert("RGB")
     picture.save(data, form, quality=90)
     source = f"data:image/{form.lower()};base64,{b64encode(data.getvalue()).decode()}"
-    facts = [
-        ("Reference", shown.reference, ""),
-        ("Answer", shown.answer, "mark"),
-        ("Answer to another picture", shown.shuffled, "soft"),
-    ]
+    texts, kinds = (shown.reference, shown.answer, shown.shuffled), ("", "mark", "soft")
+    facts = zip(shown.names, texts, kinds, strict=True)
     lines = "".join(f'<dt>{name}</dt><dd class="{kind}">{escape(text) or "–"}</dd>' for name, text, kind in facts)
     return (
         f'<figure class="card"><img src="{source}" alt="{escape(shown.reference)}">'
@@ -212,9 +236,22 @@ def _figure(shown: Shown) -> str:
     )
 
 
+def _key(metric: str) -> str:
+    """Which of METRICS says what it is."""
+    return metric if metric in METRICS else re.split("[@/]", metric)[0]
+
+
+def _is_kind(metric: str) -> bool:
+    """`answer_accuracy/count` is a row of its own beneath `answer_accuracy`."""
+    return "/" in metric and "@" not in metric and metric not in METRICS
+
+
 def _label(metric: str) -> str:
-    """`answer_accuracy/count` is a row of its own beneath `answer_accuracy`, called by its kind."""
-    return metric.partition("/")[2] or METRICS.get(metric, (metric,))[0]
+    """A kind is called by its name alone, `recall@1/image_to_text` is R@1 image to text."""
+    if metric in METRICS:
+        return METRICS[metric][0]
+    name, _, kind = metric.partition("/")
+    return f"{name.replace('recall', 'R')} {kind.replace('_', ' ')} ↑" if "@" in name else kind or metric
 
 
 def _interval(row: Mapping[str, float | int | None]) -> str:

@@ -8,10 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from bridges.checkpoint import Assembled, load, write
+from bridges.checkpoint import Assembled, Built, Paired, load, load_pairs, recipe_of, towers_of, write
 from bridges.data.conversation import images_of
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split
+from bridges.evaluation.pairs import measure_pairs
 from bridges.evaluation.report import Shown, table_text, write_report
 from bridges.evaluation.tasks import Said, captions_of, listen, questions_of, tabulate
 
@@ -26,19 +27,22 @@ def evaluate(checkpoint: str | Path, splits: Sequence[str] = ("val",), size: int
     Splits measured before stay in evaluation.json. Raises ValueError where the split is empty or unknown.
     """
     folder = Path(checkpoint)
-    assembled = load(folder)
+    built: Built = load_pairs(folder) if recipe_of(folder).objectives else load(folder)
     console = Console()
     measured: dict[str, Any] = {}
     shown: list[Shown] = []
     for split in splits:
-        said = measure(assembled, split, size, console)
-        measured[split] = tabulate(said, namer(assembled))
-        shown = shown or [show(one) for one in said[:12]]
+        if isinstance(built, Paired):
+            measured[split], pictures = measure_pairs(built, split, size, console)
+        else:
+            said = measure(built, split, size, console)
+            measured[split], pictures = tabulate(said, namer(built)), [show(one) for one in said[:12]]
+        shown = shown or pictures
     results = folder / RESULTS
     table = {**(json.loads(results.read_text()) if results.exists() else {}), **measured}
     write(results, json.dumps(table, indent=2).encode())
-    report(folder, assembled, table, shown)
-    console.print(table_text(measured))
+    report(folder, built, table, shown)
+    Console(width=max(console.width, 100)).print(table_text(measured))
     console.print(f"{results} and {folder / REPORT} written", highlight=False)
     return table
 
@@ -85,22 +89,22 @@ def show(one: Said) -> Shown:
     return Shown(images_of(asked.turns)[0], words, reference, answer, shuffled)
 
 
-def report(folder: Path, assembled: Assembled, table: dict[str, Any], shown: Sequence[Shown]) -> None:
+def report(folder: Path, built: Built, table: dict[str, Any], shown: Sequence[Shown]) -> None:
     """report.html beside the checkpoint."""
-    model, _, recipe = assembled
+    bridge, recipe, towers = built.model.bridge, built.recipe, towers_of(built)
     metrics = folder / "metrics.jsonl"
     history = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     took = max((row.get("seconds", 0) for row in history), default=0)
     details = {
-        "Vision tower": recipe.vision.name,
-        "Language tower": recipe.language.name,
-        "Bridge": f"{recipe.bridge['name']}, {model.bridge.num_slots} slots an image",
-        "Trained": f"{sum(p.numel() for p in model.bridge.parameters()):,} parameters; the towers are frozen",
+        **{f"{kind.capitalize()} tower": tower.name for kind, tower in towers.items()},
+        "Bridge": f"{recipe.bridge['name']}, {bridge.num_slots} slots an image",
+        **({"Objectives": ", ".join(recipe.objectives)} if recipe.objectives else {}),
+        "Trained": f"{sum(p.numel() for p in bridge.parameters()):,} parameters; the towers are frozen",
         "Steps": f"{recipe.train.steps} of {recipe.train.batch} pictures, {took / 60:.1f} minutes",
         "Data": recipe.data.source,
     }
     attribution = OPENMOJI if recipe.data.source == "scenes" else None
-    title = f"{folder.name}: a bridge between two frozen models"
+    title = f"{folder.name}: a bridge {'between two frozen models' if len(towers) > 1 else 'on a frozen encoder'}"
     write_report(
         folder / REPORT,
         title=title,
@@ -109,4 +113,5 @@ def report(folder: Path, assembled: Assembled, table: dict[str, Any], shown: Seq
         pictures=shown,
         details=details,
         attribution=attribution,
+        unit="loss a pair" if recipe.objectives else "nats per token",
     )

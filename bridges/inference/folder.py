@@ -1,7 +1,6 @@
 """The pictures of a folder as vision features, which stay in the user's cache: no picture is encoded twice."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from uuid import uuid4
@@ -9,7 +8,6 @@ from uuid import uuid4
 import torch
 from jaxtyping import Float
 from PIL import Image
-from platformdirs import user_cache_path
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from bridges.checkpoint import write
 from bridges.data.pictures import BrokenPicture, no_file, open_picture
+from bridges.towers.bundled import cache_folder
 from bridges.towers.vision import VisionTower
 
 SHARD = 64  # pictures encoded at once, and kept in one file
@@ -36,7 +35,8 @@ class Folder:
 
     def __init__(self, folder: Path, vision: VisionTower, console: Console | None = None) -> None:
         self.vision = vision
-        self.shelf = cache() / "features" / f"{vision.fingerprint()}-{vision.dtype}-v{FORM}".replace("torch.", "")
+        name = f"{vision.fingerprint()}-{vision.dtype}-v{FORM}".replace("torch.", "")
+        self.shelf = cache_folder() / "features" / name
         self.broken: dict[Path, str] = {}
         names = {}
         for path in pictures_in(folder):
@@ -92,11 +92,6 @@ class Folder:
                 yield name, open_picture(path)
             except BrokenPicture as error:
                 self.broken[path] = str(error)
-
-
-def cache() -> Path:
-    """The user's cache; `BRIDGES_CACHE` names another."""
-    return Path(os.environ.get("BRIDGES_CACHE") or user_cache_path("mm-bridges")).expanduser()
 
 
 def shards(shelf: Path) -> dict[str, Path]:

@@ -83,12 +83,17 @@ def resolve(name: str) -> str:
     return name
 
 
+def cache_folder() -> Path:
+    """The user's cache; `BRIDGES_CACHE` names another."""
+    return Path(os.environ.get("BRIDGES_CACHE") or user_cache_path("mm-bridges")).expanduser()
+
+
 def unpack_once(name: str, parcel: Parcel) -> Path:
     """Fetch, check and convert into the cache, unless that is done. Two processes at once: the second waits.
 
     The folder appears complete or not at all: work is done beside it, under another name.
     """
-    cache = Path(os.environ.get("BRIDGES_CACHE") or user_cache_path("mm-bridges")).expanduser()
+    cache = cache_folder()
     folder = cache / f"{name}-v{CONVERSION}"
     if folder.is_dir():
         return folder
