@@ -1,7 +1,6 @@
 """From a recipe to objects, and from objects to a small folder and back: the only place that ties the two together."""
 
 import inspect
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from difflib import get_close_matches
@@ -19,6 +18,7 @@ from bridges import __version__
 from bridges.base import Bridge, bridge_class
 from bridges.config import Recipe, recipe_from
 from bridges.data.template import IMAGE_TOKEN_ID, Template
+from bridges.files import write
 from bridges.interop.blip2 import is_blip2, read_blip2
 from bridges.model import BridgedModel
 from bridges.pairs import PairModel
@@ -250,33 +250,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"no weights in {folder}: {WEIGHTS} is missing") from None
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is broken ({error}); was the copy cut short?") from error
-
-
-def write(path: Path, content: bytes) -> None:
-    """Replace a file in one go: a crash leaves the old one or the new one. ValueError when there is no space."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise ValueError(f"cannot write {path}: {error.strerror}; {len(content) / 1e6:.1f} MB are needed") from error
-
-
-def prepare_output(folder: Path, needed: int) -> None:
-    """ValueError unless `folder` can be written and has room for `needed` bytes: known before training, not after."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"output {folder} is a file, or lies in one; choose a folder") from None
-    except OSError as error:
-        raise ValueError(f"cannot make the output folder {folder}: {error.strerror}") from error
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(
-            f"{folder} has {free / 1e6:.0f} MB free, a checkpoint needs {needed / 1e6:.0f} MB; make room there"
-        )
 
 
 def plain(value: Any) -> Any:

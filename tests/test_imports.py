@@ -9,7 +9,7 @@ import pytest
 from bridges.base import bridge_names
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"config", "interrupt", "base"}  # import no other room
+LEAVES = {"config", "files", "interrupt", "base"}  # import no other room
 # Which rooms a room may import, beside `bridges` itself (its version).
 MAY: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
@@ -22,10 +22,10 @@ MAY: dict[str, set[str]] = {
     "data": {"config"},
     "model": {"base", "sight", "towers"},
     "objectives": {"a bridge", "layers", "model", "data", "pairs", "towers"},
-    "checkpoint": {"a bridge", "base", "config", "data", "interop", "model", "pairs", "towers"},
-    "training": {"checkpoint", "config", "data", "interrupt", "model", "objectives"},
-    "inference": {"sight", "a bridge", "checkpoint", "data", "interrupt", "layers", "model", "objectives", "towers"},
-    "evaluation": {"checkpoint", "data", "inference", "objectives"},
+    "checkpoint": {"a bridge", "base", "config", "data", "files", "interop", "model", "pairs", "towers"},
+    "training": {"checkpoint", "config", "data", "files", "interrupt", "model", "objectives"},
+    "inference": {"a bridge", "checkpoint", "data", "files", "interrupt", "layers", "model", "objectives", "sight", "towers"},
+    "evaluation": {"checkpoint", "data", "files", "inference", "objectives"},
     "interop": set(),
     "chat": {"checkpoint", "data", "inference", "interrupt"},
 }

@@ -8,13 +8,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from bridges.checkpoint import Assembled, Built, Paired, load, load_pairs, recipe_of, towers_of, write
+from bridges.checkpoint import Assembled, Built, Paired, load, load_pairs, recipe_of, towers_of
 from bridges.data.conversation import images_of
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split
 from bridges.evaluation.pairs import measure_pairs
 from bridges.evaluation.report import Shown, table_text, write_report
 from bridges.evaluation.tasks import Said, captions_of, listen, questions_of, tabulate
+from bridges.files import write
 
 RESULTS, REPORT = "evaluation.json", "report.html"
 AT_ONCE = 48  # examples; pictures are shuffled among them

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from bridges.checkpoint import write
 from bridges.data.pictures import BrokenPicture, no_file, open_picture
+from bridges.files import write
 from bridges.towers.bundled import cache_folder
 from bridges.towers.vision import VisionTower
 

@@ -14,10 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from bridges.checkpoint import CONFIG, prepare_output, save_checkpoint
+from bridges.checkpoint import CONFIG, save_checkpoint
 from bridges.config import Recipe, Train, read_recipe
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split
+from bridges.files import prepare_output
 from bridges.interrupt import interruptible
 from bridges.training.display import Display
 from bridges.training.stage import Figures, Loss, Stage, open_stage, refuse_equal_captions

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from bridges.checkpoint import Built, check_towers, plain, read_config, write
+from bridges.checkpoint import Built, check_towers, plain, read_config
 from bridges.config import Recipe
+from bridges.files import write
 
 STATE, METRICS = "trainer/state.pt", "metrics.jsonl"
 
