@@ -44,7 +44,8 @@ class Data:
     """What it learns from."""
 
     source: str = "scenes"
-    """`scenes`, or a path: JSON lines of chats, LLaVA JSON, CSV or folder of pictures with captions."""
+    """`scenes`; or `scenes:documents`, texts with several pictures; or a path: JSON lines of chats or documents, LLaVA
+    JSON, CSV or folder of pictures with captions."""
     images: str | None = None
     """Folder that the paths of pictures start from; by default the folder of the file."""
     validation: str | None = None
@@ -52,7 +53,7 @@ class Data:
     prompts: list[str] = field(default_factory=lambda: ["Describe the image."])
     """Questions to captions that come without one; with the template `plain` rather [""]."""
     size: int = 4000
-    """How many pictures of `scenes` there are."""
+    """How many pictures of `scenes`, or documents of `scenes:documents`, there are."""
     captions: int = 1
     """Captions of a picture of `scenes`, all in one row."""
     questions: float = 2.0

@@ -153,11 +153,11 @@ class BridgedModel(nn.Module):
         It runs even where there is no image, so that every process of a parallel run has it in its graph.
         """
         weight = next(self.bridge.parameters())
-        if features is None:
-            pixel_values = self.vision.preprocess([]) if pixel_values is None else pixel_values
-            features = self.vision(pixel_values.to(weight.device))
-        features = features.to(weight.device, weight.dtype)
-        return self.bridge(features, asked) if self.bridge.reads_instructions else self.bridge(features)
+        if pixel_values is None:
+            pixel_values = self.vision.preprocess([])
+        seen: Tensor = self.vision(pixel_values.to(weight.device)) if features is None else features
+        seen = seen.to(weight.device, weight.dtype)
+        return self.bridge(seen, asked) if self.bridge.reads_instructions else self.bridge(seen)
 
     def embed(self, input_ids: Int[Tensor, "b t"], slots: Float[Tensor, "n k d"]) -> Float[Tensor, "b t d"]:
         """Token embeddings with the images' slots in their places."""

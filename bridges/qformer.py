@@ -6,7 +6,7 @@ and text have feed-forwards of their own.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import repeat
@@ -100,12 +100,13 @@ class QFormer(Bridge):
             return
         config, weights = read_bert(self.bert)
         have, layers = self.queries.shape[1], len(self.layers)
-        if (config.hidden_size, config.num_attention_heads) != (have, self.layers[0].attention.heads):
+        first: Any = self.layers[0]
+        heads, inner = first.attention.heads, first.feed[0].out_features
+        if (config.hidden_size, config.num_attention_heads) != (have, heads):
             raise ValueError(
                 f"{self.bert} has width {config.hidden_size} and {config.num_attention_heads} heads, the qformer "
-                f"{have} and {self.layers[0].attention.heads}; make them equal, or leave bert out"
+                f"{have} and {heads}; make them equal, or leave bert out"
             )
-        inner = self.layers[0].feed[0].out_features
         if config.num_hidden_layers < layers or config.intermediate_size != inner:
             raise ValueError(
                 f"{self.bert} has {config.num_hidden_layers} layers with feed-forwards of {config.intermediate_size}, "
@@ -156,7 +157,8 @@ class QFormer(Bridge):
     def look(self, features: Float[Tensor, "n p v"]) -> Memory:
         """Keys and values of the pictures for every layer that looks at them: made once, for any number of texts."""
         seen = self.vision_norm(features)
-        return [layer.cross.keys_values(seen) if layer.cross is not None else None for layer in self.layers]
+        layers: Any = self.layers
+        return [layer.cross.keys_values(seen) if layer.cross is not None else None for layer in layers]
 
     def run(
         self,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,8 @@ def sight(
     if int(looks.max()) > len(memory):
         raise ValueError(f"a text refers to picture {int(looks.max())}, and there are {len(memory)}")
     index = pictures_of(looks)
-    kept = {name: place(block.keys_values(memory), index) for name, block in bridge.blocks.items()}
+    blocks: Any = bridge.blocks
+    kept = {name: place(block.keys_values(memory), index) for name, block in blocks.items()}
     at = (rearrange(looks, "b t -> b t 1") == rearrange(index, "b c -> b 1 c")) & (index > 0)[:, None]
     if getattr(bridge, "sees", "last") == "all":
         at = visible.float() @ at.float() > 0

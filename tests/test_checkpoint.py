@@ -20,11 +20,11 @@ from bridges.checkpoint import (
     build,
     build_bridge,
     load,
-    prepare_output,
     save_checkpoint,
     write,
 )
 from bridges.config import Recipe
+from bridges.files import prepare_output
 
 
 def rewrite(path: Path, old: str, new: str) -> None:

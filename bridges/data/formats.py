@@ -1,12 +1,13 @@
-"""Reads people's own files: chats, LLaVA's format, folders and tables of pictures with captions.
+"""Reads people's own files: chats, LLaVA's format, documents, folders and tables of pictures with captions.
 
 A file is read once, row by row, into an Arrow table in the cache of the `datasets` library, which is memory-mapped:
-host memory does not grow with the data. The table has two columns: `picture` and `text`, a caption; or, for a chat, no
-picture and `text` the JSON of its turns, `[[role, [text or {"image": path}, …]], …]`.
+host memory does not grow with the data. The table has two columns: `picture` and `text`, a caption; or, for a chat or a
+document, no picture and `text` the JSON of its kind and turns, `[kind, [[role, [text or {"image": path}, …]], …]]`.
 """
 
 import csv
 import json
+import logging
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -20,14 +21,20 @@ from datasets import Dataset, Features, Value, disable_progress_bars
 from datasets.exceptions import DatasetGenerationError
 
 from bridges.data.conversation import Conversation, Example, Turn, ask
+from bridges.data.documents import document, is_document, part
 from bridges.data.pictures import no_file, open_picture
 
 PICTURE = ("path", "image", "file_name", "filepath")
 CAPTION = ("caption", "text", "title")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-EXPECTED = f"messages (chats), conversations (LLaVA), or {'|'.join(PICTURE)} with {'|'.join(CAPTION)} (captions)"
-FORM = 1
+EXPECTED = (
+    "messages (chats), conversations (LLaVA), content|texts|text_list (documents), "
+    f"or {'|'.join(PICTURE)} with {'|'.join(CAPTION)} (captions)"
+)
+FORM = 2
 """Raise it when the table changes its form: tables made by older code are then left alone."""
+
+log = logging.getLogger(__name__)
 
 
 class Rows:
@@ -37,6 +44,8 @@ class Rows:
       {"type": "image", "path"}, …]}, …]}`
     - of LLaVA's: `{"image": path or [paths], "conversations": [{"from": "human" | "gpt" | "system", "value"}, …]}`, a
       picture for each `<image>`
+    - of documents: text and pictures in reading order, in one of the layouts of `documents.py`; one in which no text
+      stands after a picture is left out
     - of captions: a picture (path|image|file_name|filepath) and a caption (caption|text|title); CSV has such columns.
       The captions of one picture become one Example, each with a prompt drawn by the Example's number.
     """
@@ -48,7 +57,8 @@ class Rows:
         prompts: Sequence[str] = ("Describe the image.",),
         kind: str | None = None,
     ) -> None:
-        """`images` is where relative paths start, by default beside the file. `kind` replaces `caption` or `chat`.
+        """`images` is where relative paths start, by default beside the file. `kind` replaces `caption`, `chat` or
+        `document`.
 
         Raises ValueError, one line: missing or empty file, malformed or unrecognised row (with its number), no prompts.
         """
@@ -62,7 +72,7 @@ class Rows:
         self.prompts = prompts
         self.table = _table(file)
         self.captions = self.table[0]["picture"] is not None
-        self.kind = kind or ("caption" if self.captions else "chat")
+        self.kind = kind
         # The rows of picture i are order[starts[i] : starts[i + 1]]; pictures keep the order of their first rows.
         column = self.table.data.column("picture")
         number = np.arange(len(self.table))
@@ -79,9 +89,11 @@ class Rows:
         index = range(len(self))[index]
         rows = self.table[self.order[self.starts[index] : self.starts[index + 1]]]
         if not self.captions:
-            return Example([Conversation([self._turn(*turn) for turn in json.loads(rows["text"][0])], self.kind)])
+            kind, turns = json.loads(rows["text"][0])
+            return Example([Conversation([self._turn(*turn) for turn in turns], self.kind or kind)])
         picture, draw = open_picture(self.images / rows["picture"][0]), random.Random(index)
-        return Example([ask(draw.choice(self.prompts), caption, picture, self.kind) for caption in rows["text"]])
+        kind = self.kind or "caption"
+        return Example([ask(draw.choice(self.prompts), caption, picture, kind) for caption in rows["text"]])
 
     def _turn(self, role: Any, content: list[Any]) -> Turn:
         return Turn(
@@ -117,10 +129,13 @@ def _table(file: Path) -> Dataset:
 def _checked(file: str, stamp: tuple[int, ...]) -> Iterator[dict[str, str | None]]:
     """The rows in the table's form. Raises ValueError with the file and the row."""
     del stamp
-    captions = None
+    captions, dull = None, 0
     for where, row in _rows(Path(file)):
         try:
             picture, text = _normal(row)
+            if text is None:
+                dull += 1
+                continue
             text.encode()  # half an emoji (a lone surrogate) passes JSON, and no tokenizer
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
@@ -130,7 +145,9 @@ def _checked(file: str, stamp: tuple[int, ...]) -> Iterator[dict[str, str | None
             raise ValueError(f"{where}: a file holds chats or captions, not both")
         yield {"picture": picture, "text": text}
     if captions is None:
-        raise ValueError(f"{file} has no rows")
+        raise ValueError(f"{file} has no rows" + f" to learn from: {dull} have no text after a picture" * (dull > 0))
+    if dull:
+        log.warning("%s: %d documents are left out: they have no text after a picture", file, dull)
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -204,13 +221,16 @@ def _csv(text: TextIOBase) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"line {begin}: {error}") from None
 
 
-def _normal(row: Any) -> tuple[str | None, str]:
-    """(picture, caption), or (None, the JSON of the turns)."""
+def _normal(row: Any) -> tuple[str | None, str | None]:
+    """(picture, caption), or (None, the JSON of a kind and turns), or (None, None) where there is nothing to learn."""
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {row!r:.80}")
     if "messages" in row or "conversations" in row:
         turns = _chat(row["messages"]) if "messages" in row else _llava(row["conversations"], row.get("image") or [])
-        return None, json.dumps(turns, ensure_ascii=False)
+        return None, json.dumps(["chat", turns], ensure_ascii=False)
+    if is_document(row):
+        turns = document(row)
+        return None, json.dumps(["document", turns], ensure_ascii=False) if turns else None
     picture, caption = (next((name for name in names if name in row), None) for names in (PICTURE, CAPTION))
     if picture is None or caption is None:
         raise ValueError(f"expected {EXPECTED}; found keys {', '.join(row)}")
@@ -227,20 +247,10 @@ def _chat(messages: Any) -> list[Any]:
             case {"role": str(role), "content": str(text)}:
                 turns.append([_role(role), [text]])
             case {"role": str(role), "content": list(parts)}:
-                turns.append([_role(role), [_part(part) for part in parts]])
+                turns.append([_role(role), [part(given) for given in parts]])
             case _:
                 raise ValueError(f"a message must have a role and a content (text or a list), found {message!r:.80}")
     return turns
-
-
-def _part(part: Any) -> str | dict[str, str]:
-    match part:
-        case {"type": "text", "text": str(text)}:
-            return text
-        case {"type": "image", "path": str(path)}:
-            return {"image": path}
-    expected = '{"type": "text", "text": …} or {"type": "image", "path": …}'
-    raise ValueError(f"a part of content must be {expected}, found {part!r:.80}")
 
 
 def _llava(conversations: Any, image: Any) -> list[Any]:

@@ -28,18 +28,14 @@ class Part:
 
 
 def open_split(data: Data, split: str) -> MapStyle[Example]:
-    """`train`, `val`, or for `scenes` also `val_pairs` and `val_sprites`.
+    """`train`, `val`, or for `scenes` and `scenes:documents` also `val_pairs` and `val_sprites`.
 
     Raises ValueError: no such split, or data too small to hold anything out.
     """
     if data.prefix and split == "train":  # held-out captions stay whole
         return Prefixed(open_split(replace(data, prefix=False), split))
-    if data.source == "scenes":
-        from bridges.data.scenes import Scenes  # extra [demo]
-
-        if split == "train":
-            return Scenes(split, data.size, captions=data.captions, questions=data.questions)
-        return Scenes(split, MOST_HELD_OUT, captions=CAPTIONS, questions=QUESTIONS)
+    if data.source in ("scenes", "scenes:documents"):
+        return open_scenes(data, split)
     if split not in ("train", "val"):
         raise ValueError(f"no split {split!r} of {data.source}; there are train and val")
     images = Path(data.images) if data.images else None
@@ -52,3 +48,15 @@ def open_split(data: Data, split: str) -> MapStyle[Example]:
         raise ValueError(f"{data.source} has {len(rows)} example; at least 2 are needed, one of them to be held out")
     border = len(rows) - min(MOST_HELD_OUT, max(1, round(HELD_OUT * len(rows))))
     return Part(rows, 0, border) if split == "train" else Part(rows, border, len(rows))
+
+
+def open_scenes(data: Data, split: str) -> MapStyle[Example]:
+    """Pictures made on the fly: one an example, or several in a document."""
+    from bridges.data.scene_documents import SceneDocuments  # extra [demo]
+    from bridges.data.scenes import Scenes
+
+    train = split == "train"
+    size, questions = (data.size, data.questions) if train else (MOST_HELD_OUT, QUESTIONS)
+    if data.source == "scenes":
+        return Scenes(split, size, captions=data.captions if train else CAPTIONS, questions=questions)
+    return SceneDocuments(split, size, questions=questions)

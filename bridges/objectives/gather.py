@@ -15,7 +15,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(_context: Any, *gradients: Tensor) -> Tensor:
+    def backward(_context: Any, *gradients: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Each process has a loss of its own over all rows: a row's gradient is the sum of what all of them ask."""
         gradient = gradients[0].contiguous()
         dist.all_reduce(gradient)

@@ -66,8 +66,7 @@ def matching_loss(
     return each.sum() / 3, (logits[:, 1] - logits[:, 0])[counts].detach(), true[counts]
 
 
-def stacked(*parts):
+def stacked(*parts: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
     """Keys and values of several batches of pictures, one after the other."""
-    if parts[0] is None:
-        return None
-    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    there = [part for part in parts if part is not None]
+    return (torch.cat([keys for keys, _ in there]), torch.cat([values for _, values in there])) if there else None

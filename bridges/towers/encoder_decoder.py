@@ -60,7 +60,7 @@ class EncoderDecoderTower(LanguageTower):
         positions: Int[Tensor, "b t"],  # noqa: ARG002 - T5 has relative ones
         at: tuple[Int[Tensor, "s"], Int[Tensor, "s"]],
         cache: Any = None,
-        sight: None = None,  # noqa: ARG002 - blocks go into decoder-only models
+        sight: Any = None,  # noqa: ARG002 - blocks go into decoder-only models
     ) -> Float[Tensor, "s vocab"]:
         """Logits after the positions `at`, each run of neighbours among them being one answer.
 
