@@ -19,7 +19,7 @@ Tokenize = Callable[[Sequence[str]], tuple[Int[Tensor, "b t"], Bool[Tensor, "b t
 class PairBatch:
     """b pictures, as pixels or features, and the caption of each: its ids, and where they are no padding.
 
-    `pictures` and `captions` are numbers that are equal for equal pictures and for equal captions.
+    `pictures` and `captions` are numbers that are equal for equal pictures and for captions that say the same.
     """
 
     ids: Int[Tensor, "b t"]
@@ -37,23 +37,31 @@ class PairBatch:
         return len(self.ids)
 
 
-def pair_of(example: Example) -> tuple[Image.Image, str]:
-    """The picture of an example, and its first caption. ValueError where there is not one of each."""
+Pair = tuple[Image.Image, str, str]
+
+
+def pair_of(example: Example) -> Pair:
+    """The picture of an example, its first caption, and what that says: the objects where the data set knows them, so
+    that "a cat" and "there is a cat" are not held against each other, else its words.
+
+    ValueError where there is not one of each.
+    """
     turns = next((c.turns for c in example.conversations if c.kind == "caption"), example.conversations[0].turns)
     pictures = images_of(turns)
     said = next((turn for turn in turns if turn.role == "assistant"), None)
     if len(pictures) != 1 or said is None:
         raise ValueError(f"a pair is one picture and one caption; here are {len(pictures)} pictures")
-    return pictures[0], "".join(part for part in said.content if isinstance(part, str))
+    caption = "".join(part for part in said.content if isinstance(part, str))
+    return pictures[0], caption, " ".join(sorted(example.names)) or caption.strip().lower()
 
 
-def collate_pairs(pairs: Sequence[tuple[Image.Image, str]], tokenize: Tokenize, preprocess: Preprocess) -> PairBatch:
+def collate_pairs(pairs: Sequence[Pair], tokenize: Tokenize, preprocess: Preprocess) -> PairBatch:
     """Pairs as tensors."""
-    ids, real = tokenize([caption for _, caption in pairs])
+    ids, real = tokenize([caption for _, caption, _ in pairs])
     return PairBatch(
         ids,
         real,
-        torch.tensor([zlib.crc32(picture.tobytes(), picture.width) for picture, _ in pairs]),
-        torch.tensor([zlib.crc32(caption.strip().lower().encode()) for _, caption in pairs]),
-        preprocess([picture for picture, _ in pairs]),
+        torch.tensor([zlib.crc32(picture.tobytes(), picture.width) for picture, _, _ in pairs]),
+        torch.tensor([zlib.crc32(said.encode()) for _, _, said in pairs]),
+        preprocess([picture for picture, _, _ in pairs]),
     )

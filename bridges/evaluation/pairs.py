@@ -79,8 +79,8 @@ def hold_out(paired: Paired, retriever: Retriever, split: str, size: int, consol
         assert batch.pixel_values is not None
         features = paired.model.vision(batch.pixel_values)
         pairs = [pair_of(example) for example in examples]
-        held.texts += [text for _, text in pairs]
-        held.first = held.first or [picture for picture, _ in pairs][:SHOWN]
+        held.texts += [text for _, text, _ in pairs]
+        held.first = held.first or [picture for picture, _, _ in pairs][:SHOWN]
         held.features.append(features.cpu())
         held.picture_keys += batch.pictures.tolist()
         held.caption_keys += batch.captions.tolist()
