@@ -50,8 +50,9 @@ class LanguageTower(nn.Module):
         self.dim: int = self.model.get_input_embeddings().weight.shape[1]
         self.context: int | None = getattr(text, "max_position_embeddings", None)
         self.window: int | None = getattr(text, "sliding_window", None)
-        # Families with ALiBi have no positions to restart, so their rows cannot share a prefix.
-        self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        # Families with ALiBi have no positions to restart, so their rows cannot share a prefix; Falcon comes both ways.
+        known = "position_ids" in inspect.signature(self.model.forward).parameters
+        self.takes_positions = known and not getattr(text, "alibi", False)
         self.end_ids = end_ids(self.tokenizer, self.model.generation_config)
         self._rows: tuple[Tensor, Tensor] | None = None
         self.model.get_output_embeddings().register_forward_pre_hook(self._select_rows)
