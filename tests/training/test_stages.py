@@ -1,7 +1,10 @@
 """A first stage without a language model, a second that begins with it, and one that reads what is asked."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import yaml
 from PIL import Image
 
 from bridges.checkpoint import Assembled, Paired, build, load, load_pairs, save_checkpoint
-from bridges.config import Recipe, recipe_from
+from bridges.config import Recipe, read_recipe, recipe_from
 from bridges.data.batch import collate, rows_of
 from bridges.data.conversation import Example, Turn, ask
 from bridges.inference.decoding import answers
@@ -259,3 +262,31 @@ def test_an_instructed_one_trains_saves_and_loads(instructed: Assembled, picture
 def test_a_recipe_of_the_first_stage_survives_its_yaml(first: Recipe) -> None:
     given = {"output": "x", "bridge": first.bridge, "objectives": {"sigmoid": 2, "captioning": 0.5}}
     assert recipe_from(given).objectives == {"sigmoid": 2.0, "captioning": 0.5}
+
+
+def test_two_processes_train_the_first_stage_as_one_does(first: Recipe, tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "output": str(tmp_path / "one"),
+        "vision": vars(first.vision),
+        "bridge": {**first.bridge, "dropout": 0.0},
+        "objectives": first.objectives,
+        "data": {"source": first.data.source},
+        "train": {"steps": 3, "batch": 6, "lr": 1e-3, "log_every": 1, "evaluate_size": 2},
+    }
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(given))
+    train(read_recipe(tmp_path / "first.yaml"))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=0",
+        "-m",
+        "bridges.cli",
+    ]
+    command += ["train", str(tmp_path / "first.yaml"), f"--output={tmp_path / 'two'}"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    one, two = ([row["loss"] for row in rows(str(tmp_path / n)) if "loss" in row] for n in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-4)
