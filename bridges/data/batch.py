@@ -1,7 +1,7 @@
 """Rows of a batch: all texts about the same pictures share them, and each other's sight of nothing else."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -91,25 +91,16 @@ def common_beginning(texts: Sequence[Encoded]) -> int:
     return longest
 
 
-def picture_keys(text: Encoded) -> list[int | tuple[int, str]]:
-    """The ids, where an image token also says of which picture it is, and what its bridge reads beside it."""
-    slots = text.ids.count(IMAGE_TOKEN_ID) // max(1, len(text.images))
+def picture_keys(text: Encoded) -> list[tuple[int, int, str]]:
+    """The ids, each with the picture that it looks at, by identity, and what its bridge reads beside that."""
     asked = text.asked or [""] * len(text.images)
-    keys: list[int | tuple[int, str]] = []
-    seen = 0
-    for token in text.ids:
-        which = seen // max(1, slots)
-        keys.append((id(text.images[which]), asked[which]) if token == IMAGE_TOKEN_ID else token)
-        seen += token == IMAGE_TOKEN_ID
-    return keys
+    seen = [(0, ""), *((id(image), words) for image, words in zip(text.images, asked, strict=True))]
+    return [(token, *seen[look]) for token, look in zip(text.ids, text.looks, strict=True)]
 
 
 def images_within(text: Encoded, length: int) -> list[Image.Image]:
-    """The pictures whose slots stand in the first `length` tokens."""
-    if not text.images:
-        return []
-    slots = text.ids.count(IMAGE_TOKEN_ID) // len(text.images)
-    return text.images[: text.ids[:length].count(IMAGE_TOKEN_ID) // max(1, slots)]
+    """The pictures that the first `length` tokens look at."""
+    return text.images[: max(text.looks[:length], default=0)]
 
 
 def rows_of(example: Example, template: Template, max_length: int | None = None, share: bool = True) -> list[Row]:
@@ -121,26 +112,33 @@ def rows_of(example: Example, template: Template, max_length: int | None = None,
 def without_tail(text: Encoded) -> Encoded:
     """Nothing is learned from what stands after the last target, so it is not computed."""
     last = max((place for place, label in enumerate(text.labels) if label != IGNORE_INDEX), default=len(text.ids) - 1)
-    if IMAGE_TOKEN_ID in text.ids[last + 1 :]:
-        return text
     return cut(text, last + 1)
 
 
 def shorten(text: Encoded, max_length: int | None) -> Encoded:
-    """Cut what is too long at its end, never through a picture: then ValueError with the numbers."""
+    """Cut what is too long at its end; a picture that would be cut through goes whole.
+
+    Raises ValueError, with the numbers, where pictures go and no target is left.
+    """
     if max_length is None or len(text.ids) <= max_length:
         return text
-    if IMAGE_TOKEN_ID in text.ids[max_length:]:
+    length = max_length
+    while text.ids[max_length] == IMAGE_TOKEN_ID and length and text.looks[length - 1] == text.looks[max_length]:
+        length -= 1
+    short = cut(text, length)
+    if len(short.images) < len(text.images) and set(short.labels) <= {IGNORE_INDEX}:
         raise ValueError(
             f"a text of {len(text.ids)} tokens has pictures beyond max_length {max_length}; "
             "raise data.max_length, or choose a bridge with fewer slots"
         )
-    return cut(text, max_length)
+    return short
 
 
 def cut(text: Encoded, length: int) -> Encoded:
-    """Its first tokens; a picture that none of them looks at has been left out before."""
-    return replace(text, ids=text.ids[:length], labels=text.labels[:length], looks=text.looks[:length])
+    """Its first tokens, and the pictures that they look at."""
+    images = images_within(text, length)
+    ids, labels, looks = text.ids[:length], text.labels[:length], text.looks[:length]
+    return Encoded(ids, labels, images, text.asked[: len(images)], looks)
 
 
 def collate(rows: Sequence[Row], preprocess: Preprocess | None = None, left: bool = False, share: bool = True) -> Batch:

@@ -43,7 +43,10 @@ def images_of(turns: Sequence[Turn]) -> list[Image.Image]:
 
 def asked_of(turns: Sequence[Turn]) -> list[str]:
     """What is said beside every picture, in its own turn: the instruction that an instruction-aware bridge reads."""
-    said = [" ".join(part.strip() for part in turn.content if isinstance(part, str)).strip() for turn in turns]
+    said = [
+        " ".join(part.strip() for part in turn.content if isinstance(part, str) and turn.role != "assistant").strip()
+        for turn in turns
+    ]
     return [words for turn, words in zip(turns, said, strict=True) for _ in images_of([turn])]
 
 

@@ -69,7 +69,7 @@ def measure(assembled: Assembled, split: str, size: int, console: Console) -> li
 
 def namer(assembled: Assembled) -> Any:
     """How object names are found in a caption: only `scenes` knows its objects."""
-    if assembled.recipe.data.source != "scenes":
+    if assembled.recipe.data.source.partition(":")[0] != "scenes":
         return lambda _text: frozenset()
     from bridges.data.scenes import named  # extra [demo]
 
@@ -104,7 +104,7 @@ def report(folder: Path, built: Built, table: dict[str, Any], shown: Sequence[Sh
         "Steps": f"{recipe.train.steps} of {recipe.train.batch} pictures, {took / 60:.1f} minutes",
         "Data": recipe.data.source,
     }
-    attribution = OPENMOJI if recipe.data.source == "scenes" else None
+    attribution = OPENMOJI if recipe.data.source.partition(":")[0] == "scenes" else None
     title = f"{folder.name}: a bridge {'between two frozen models' if len(towers) > 1 else 'on a frozen encoder'}"
     write_report(
         folder / REPORT,

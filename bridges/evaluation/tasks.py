@@ -54,7 +54,7 @@ def captions_of(example: Example) -> list[Conversation]:
 
 def questions_of(example: Example) -> list[Conversation]:
     """Those with one right answer in a few words; free chats have none."""
-    return [c for c in example.conversations if c.kind not in ("caption", "chat")]
+    return [c for c in example.conversations if c.kind not in ("caption", "chat", "document")]
 
 
 def expected(conversation: Conversation) -> str:
@@ -107,7 +107,8 @@ def nll_of(assembled: Assembled, examples: Sequence[Example], seen: Seen) -> lis
     model, template, recipe = assembled
     rows, owner = [], []
     for number, example in enumerate(examples):
-        chosen = Example(captions_of(example) or example.conversations)
+        whole = [c for c in example.conversations if c.kind == "document"]
+        chosen = Example(captions_of(example) or whole or example.conversations)
         own = rows_of(chosen, template, recipe.data.max_length, model.language.shares(recipe.data.max_length))
         rows += own
         owner += [number] * len(own)

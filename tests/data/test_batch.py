@@ -18,7 +18,8 @@ WORDS = {word: number for number, word in enumerate(VOCABULARY, 10)}
 def text(words: str, images: list[Image.Image], said: int = 1) -> Encoded:
     """Ids of a drawn text, where P is a picture's slot; the last `said` words are the target."""
     ids = [IMAGE_TOKEN_ID if word == "P" else WORDS[word] for word in words.split()]
-    return Encoded(ids, [IGNORE_INDEX] * (len(ids) - said) + ids[-said:], images)
+    looks = [-(-ids[: place + 1].count(IMAGE_TOKEN_ID) // SLOTS) for place in range(len(ids))]
+    return Encoded(ids, [IGNORE_INDEX] * (len(ids) - said) + ids[-said:], images, looks=looks)
 
 
 def test_the_drawing_of_a_packed_row_is_what_pack_does():
