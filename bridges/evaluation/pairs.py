@@ -116,7 +116,7 @@ def compare(retriever: Retriever, held: HeldOut) -> Compared:
         began = time.monotonic()
         odds = retriever.log_odds(pictures, texts, wanted)
         pairs, seconds = int(wanted.sum()), time.monotonic() - began
-    return Compared(cosines, odds, wrong, asked, pairs, seconds, cosine_seconds)
+    return Compared(cosines, odds, wrong, asked, pairs, seconds, cosine_seconds, retriever.temperature)
 
 
 def hard_pairs(cosines: Float[Tensor, "n n"], wrong: Bool[Tensor, "n n"], retriever: Retriever) -> Asked:
@@ -136,7 +136,7 @@ def shown(retriever: Retriever, held: HeldOut, compared: Compared, writes: bool)
     matched = found
     if retriever.can_match:
         cosines, odds = compared.cosines[:count], compared.odds[:count]
-        matched = reranked(cosines, odds, nearest(cosines, RERANK)).argmax(1).tolist()
+        matched = reranked(cosines, odds, nearest(cosines, RERANK), compared.temperature).argmax(1).tolist()
     return [
         Shown(
             picture,

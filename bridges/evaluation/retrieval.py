@@ -42,6 +42,7 @@ class Compared:
     pairs: int
     seconds: float
     cosine_seconds: float
+    temperature: float
 
 
 def recalls(compared: Compared, matched: bool) -> dict[str, Metric]:
@@ -52,7 +53,7 @@ def recalls(compared: Compared, matched: bool) -> dict[str, Metric]:
         cosines, odds, wrong = (turned(x) for x in (compared.cosines, compared.odds, compared.wrong))
         found = {"image": ranks(cosines, wrong)}
         if matched:
-            found["reranked"] = ranks(reranked(cosines, odds, nearest(cosines, RERANK)), wrong)
+            found["reranked"] = ranks(reranked(cosines, odds, nearest(cosines, RERANK), compared.temperature), wrong)
         for k in CUTOFFS:
             hits = {name: (rank <= k).double().numpy() for name, rank in found.items()}
             low, high = interval(lambda rows, h=hits["image"]: float(h[rows].mean()), len(cosines))

@@ -40,7 +40,7 @@ def compared_of(cosines: Tensor, odds: Tensor | None = None, wrong: Tensor | Non
     asked = Asked(own, own, torch.ones(3, count).bool())
     odds = torch.zeros(count, count) if odds is None else odds
     wrong = single(count) if wrong is None else wrong
-    return Compared(cosines.double(), odds.double(), wrong, asked, 10, 2.0, 0.5)
+    return Compared(cosines.double(), odds.double(), wrong, asked, 10, 2.0, 0.5, 0.1)
 
 
 def test_ties_count_against_us() -> None:
@@ -73,7 +73,7 @@ def test_reranking_is_told_from_the_cosines(monkeypatch: pytest.MonkeyPatch) -> 
     from bridges.evaluation import retrieval
 
     cosines = torch.tensor([[0.5, 0.9, 0.0], [0.1, 0.95, 0.2], [0.9, 0.8, 0.3]])
-    odds = torch.eye(3) * 5
+    odds = torch.eye(3) * 20
     table = recalls(compared_of(cosines, odds), matched=True)
     assert table["recall@1/image_to_text"]["image"] == pytest.approx(1 / 3)
     assert table["recall@1/image_to_text"]["reranked"] == 1
@@ -94,7 +94,7 @@ def test_matching_accuracy_asks_a_pair_and_its_hard_negatives() -> None:
     odds = torch.tensor([[1.0, -1.0, torch.nan], [2.0, -3.0, 0.0], [torch.nan, torch.nan, 4.0]])
     pictures, texts = torch.tensor([[0, 1, 2], [0, 1, 2], [1, 0, 1]]), torch.tensor([[0, 1, 2], [1, 0, 0], [0, 1, 2]])
     counts = torch.tensor([[True] * 3, [True, True, False], [True] * 3])
-    compared = Compared(odds.double(), odds.double(), single(3), Asked(pictures, texts, counts), 8, 1.0, 1.0)
+    compared = Compared(odds.double(), odds.double(), single(3), Asked(pictures, texts, counts), 8, 1.0, 1.0, 0.1)
     found = matching_accuracy(compared)
     # right: pairs 0 and 2, not 1; of the texts the first; of the pictures the second; the third is a tie
     assert (found["image"], found["n"]) == (4 / 8, 8)

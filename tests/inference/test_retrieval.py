@@ -98,6 +98,7 @@ def test_reranking_everything_is_scoring_every_pair_alone(
     paired: Paired, pictures: list[Image.Image], batch: int
 ) -> None:
     cosines, odds = naive(paired, pictures)
+    scores = cosines / paired.model.bridge.heads.temperature.item() + odds / 2
     retriever = Retriever(paired, batch)
     seen, read = retriever.see(pictures), retriever.texts(TEXTS)
     for found, turned in (
@@ -105,16 +106,17 @@ def test_reranking_everything_is_scoring_every_pair_alone(
         (retriever.find_pictures(seen, read, k=99), lambda x: x.T),
     ):
         close(found.cosines, turned(cosines))
-        close(found.scores, turned(odds + cosines))
+        close(found.scores, turned(scores))
         close(found.probability, turned(odds.sigmoid()))
-        for query, scores in enumerate(turned(odds + cosines)):
-            assert found.best(query, 2) == scores.argsort(descending=True)[:2].tolist()
+        for query, own in enumerate(turned(scores)):
+            assert found.best(query, 2) == own.argsort(descending=True)[:2].tolist()
 
 
 def test_what_is_not_among_the_nearest_lies_below_them_in_the_order_of_its_cosine(
     paired: Paired, pictures: list[Image.Image]
 ) -> None:
     cosines, odds = naive(paired, pictures)
+    scores = cosines / paired.model.bridge.heads.temperature.item() + odds / 2
     retriever = Retriever(paired)
     seen, read = retriever.see(pictures), retriever.texts(TEXTS)
     checks: list[tuple[Ranking, Callable[[Tensor], Tensor]]] = [
@@ -124,7 +126,7 @@ def test_what_is_not_among_the_nearest_lies_below_them_in_the_order_of_its_cosin
     for found, turned in checks:
         for query, own in enumerate(turned(cosines)):
             near = own.argsort(descending=True).tolist()
-            first = sorted(near[:2], key=lambda c: -float(turned(odds + cosines)[query, c]))
+            first = sorted(near[:2], key=lambda c: -float(turned(scores)[query, c]))
             assert found.best(query, 99) == first + near[2:]
             assert found.probability[query].isnan().tolist() == [c not in near[:2] for c in range(len(own))]
 
