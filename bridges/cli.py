@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
+from typing import Literal
 
 import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser
@@ -107,6 +108,57 @@ def retrieve(
     retrieve(checkpoint, images=images, image=image, text=text, texts=texts, top=top, rerank=rerank)
 
 
+def fewshot(
+    checkpoint: str,
+    data: str | None = None,
+    task: Literal["caption", "vqa", "classify", "binding"] = "caption",
+    shots: str | None = None,
+    choose: Literal["fixed", "random", "nearest"] = "fixed",
+    queries: int = 100,
+    seeds: int = 3,
+    template: str | None = None,
+    kind: str | None = None,
+    pool: int = 1000,
+    text_shots: int = 2,
+    batch: int = 32,
+    compare: bool = False,
+) -> None:
+    """Measure a checkpoint with demonstrations in front of each query; write fewshot.json and a plot beside it.
+
+    Args:
+        checkpoint: folder that `bridges train` made
+        data: another source than the checkpoint's own; demonstrations are of its training part, queries held out
+        task: captions, questions (vqa), labels by their likelihood (classify), or invented names (binding)
+        shots: numbers of demonstrations, by default 0,4,8,16; of binding 1,3,5
+        choose: demonstrations fixed in a trial, drawn at random for each query, or those with the nearest pictures
+        queries: number of held-out queries
+        seeds: number of trials, of which mean and spread are told
+        template: such as "{image}Output: {caption}\\n"; or a YAML file with a text for each task
+        kind: kind of the questions, such as background; by default all
+        pool: training examples that demonstrations are chosen from
+        text_shots: demonstrations without their pictures that stand for 0 shots, as in Flamingo
+        batch: queries at once
+        compare: tell only how much faster it is than with nothing reused
+    """
+    from bridges.evaluation.fewshot import fewshot
+
+    fewshot(
+        checkpoint,
+        data=data,
+        task=task,
+        shots=shots,
+        choose=choose,
+        queries=queries,
+        seeds=seeds,
+        template=template,
+        kind=kind,
+        pool=pool,
+        text_shots=text_shots,
+        batch=batch,
+        compare=compare,
+    )
+
+
 def train(recipe: str, overrides: list[str], resume: bool = False) -> None:
     """Train a bridge as a recipe says; every key can be overridden: --train.lr 1e-3 --bridge.depth 2.
 
@@ -137,7 +189,7 @@ def inspect(recipe: str, overrides: list[str], samples: int = 3) -> None:
 
 
 VERBS: dict[str, Callable[..., None]] = {
-    v.__name__: v for v in (demo, train, evaluate, generate, chat, retrieve, inspect)
+    v.__name__: v for v in (demo, train, evaluate, generate, chat, retrieve, fewshot, inspect)
 }
 
 

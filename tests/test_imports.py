@@ -37,7 +37,7 @@ MAY: dict[str, set[str]] = {
         "sight",
         "towers",
     },
-    "evaluation": {"checkpoint", "data", "files", "inference", "objectives"},
+    "evaluation": {"checkpoint", "config", "data", "files", "inference", "objectives"},
     "interop": set(),
     "chat": {"checkpoint", "data", "inference", "interrupt"},
 }
