@@ -280,7 +280,7 @@ def test_two_processes_train_the_first_stage_as_one_does(first: Recipe, tmp_path
         "-m",
         "torch.distributed.run",
         "--nproc_per_node=2",
-        "--master_port=0",
+        "--standalone",
         "-m",
         "bridges.cli",
     ]
