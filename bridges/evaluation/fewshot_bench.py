@@ -19,7 +19,7 @@ from bridges.evaluation.run import namer
 from bridges.evaluation.tasks import LONGEST_ANSWER, LONGEST_CAPTION
 from bridges.inference.demonstrations import Choice, drawn, fixed, gallery, nearest, text_only
 from bridges.inference.features import Features
-from bridges.inference.fewshot import FewShot
+from bridges.inference.fewshot import FewShot, evenly
 from bridges.inference.prompts import Prompt
 
 CONTROLS = ("image", "shuffled")  # the query's own picture, or another query's; the demonstrations keep theirs
@@ -97,7 +97,8 @@ class Bench:
 
     def trial(self, shots: int, seed: int, advance: Callable[[int], None]) -> dict[str, Figures]:
         """All queries once with their own pictures and once with each other's."""
-        places, count, size = self.places(shots, seed), len(self.asked.items), self.plan.batch
+        places, count = self.places(shots, seed), len(self.asked.items)
+        size = evenly(count, self.plan.batch)
         shared = all(some == places[0] for some in places)  # then they are read once for all
         reader = FewShot(self.assembled, self.told(places[0], shots) if shared else [], self.features, size)
         found = {}

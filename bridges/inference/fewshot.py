@@ -6,6 +6,7 @@ tree, and one pass. It works for every bridge, whether it fills slots or is read
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from math import ceil, inf
 
 import torch
 
@@ -39,6 +40,11 @@ def score(
 ) -> Scores:
     """Log-probabilities of labels after each prompt; see FewShot."""
     return FewShot(assembled, features=features).score(prompts, labels)
+
+
+def evenly(count: int, most: int) -> int:
+    """How many of `count` at once, `most` at most, so that no few are left over in the end."""
+    return ceil(count / max(1, ceil(count / most)))
 
 
 class FewShot:
@@ -77,7 +83,7 @@ class FewShot:
         self._fit(texts, max_new_tokens)
         texts, kept = self._after_shots(texts, max_new_tokens)
         said: list[list[int]] = []
-        for part in self._parts([len(text.ids) + max_new_tokens for text in texts], kept, in_line=kept is not None):
+        for part in self._parts([len(text.ids) for text in texts], max_new_tokens, kept, kept is not None):
             say = self._say_in_line if kept else self._say_in_rows
             said += say(texts[part], kept, max_new_tokens, lambda ids: self._ended(ids, stops))
         return [self._words(ids, stops) for ids in said]
@@ -96,7 +102,7 @@ class FewShot:
         sizes = [len(text.ids) + len(tree.inner) for text, tree in zip(texts, trees, strict=True)]
         in_line = self.model.language.shares(max(sizes, default=0) + (len(kept) if kept else 0))
         parts = [Scores(*(torch.zeros(0, len(labels), dtype=torch.double) for _ in range(2)))]
-        for part in self._parts(sizes, kept, in_line):
+        for part in self._parts(sizes, 0, kept, in_line):
             scored = self._score_in_line if in_line else self._score_in_rows
             parts.append(scored(texts[part], trees[part], kept))
         return Scores(*(torch.cat(each) for each in zip(*parts, strict=True)))
@@ -128,14 +134,18 @@ class FewShot:
         self._kept = self._kept or keep(self.model, self.features, join(self.shots))
         return texts, self._kept
 
-    def _parts(self, sizes: Sequence[int], kept: Kept | None, in_line: bool) -> Iterator[slice]:
-        """At most `batch` texts at once; in a line no more than fit a window, or than see too little of each other."""
-        window, most = self.model.language.window, sum(sizes)
-        if in_line:
-            most = LONGEST_LINE if window is None else min(LONGEST_LINE, window - (len(kept) if kept else 0))
-        start = columns = 0
+    def _parts(self, sizes: Sequence[int], more: int, kept: Kept | None, in_line: bool) -> Iterator[slice]:
+        """At most `batch` texts at once; in a line no more than fit a window, or than see too little of each other.
+
+        Each text is of one of the `sizes`, and `more` tokens may follow it.
+        """
+        window = self.model.language.window
+        left = inf if window is None else window - (len(kept) if kept else 0)
+        start, columns, most = 0, 0, evenly(len(sizes), self.batch)
         for place, size in enumerate(sizes):
-            if place > start and (place - start == self.batch or columns + size > most):
+            count = place - start
+            too_long = columns + size > LONGEST_LINE or columns + size + (count + 1) * more > left
+            if count and (count == most or (in_line and too_long)):
                 yield slice(start, place)
                 start, columns = place, 0
             columns += size

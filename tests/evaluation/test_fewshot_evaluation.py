@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
+from torch import nn
 
-from bridges.checkpoint import Assembled, save_checkpoint
+from bridges.checkpoint import Assembled, build, save_checkpoint
 from bridges.cli import main
-from bridges.config import Data
+from bridges.config import Data, Recipe
 from bridges.data.conversation import Conversation, Example, Turn, ask
 from bridges.evaluation.fewshot import fewshot, numbers, speed
 from bridges.evaluation.fewshot_bench import Bench, Plan
@@ -20,6 +21,7 @@ from bridges.evaluation.fewshot_report import plot, summary, table_text
 from bridges.evaluation.fewshot_tasks import TEMPLATES, Items, data_of, labels_of, measure, read_form
 from bridges.inference.fewshot import FewShot
 
+GATED: dict[str, Any] = dict(name="flamingo", latents=5, depth=1, heads=2, head_dim=8, inner=24)
 WORDS = ("cat", "dog", "house")
 
 
@@ -129,8 +131,16 @@ def test_of_scenes_every_kind_of_question_is_asked_and_documents_are_taken_apart
     assert data_of(own, "a.csv") == Data(source="a.csv")
 
 
+@pytest.mark.parametrize("bridge", [{"name": "projector"}, GATED], ids=["projector", "flamingo"])
 @pytest.mark.parametrize("choose", ["fixed", "random", "nearest"])
-def test_every_choice_answers_every_query_as_a_prompt_read_alone(assembled: Assembled, rows: Path, choose: Any) -> None:
+def test_every_choice_answers_every_query_as_a_prompt_read_alone(
+    recipe: Recipe, rows: Path, choose: Any, bridge: dict[str, Any]
+) -> None:
+    recipe.bridge = bridge
+    assembled = build(recipe)
+    for name, parameter in assembled.model.bridge.named_parameters():
+        if name.endswith("_gate"):
+            nn.init.constant_(parameter, 0.8)
     one = bench(assembled, rows, choose=choose, seeds=1)
     asked: list[int] = []
     for shots in (0, 2):

@@ -16,7 +16,7 @@ from bridges.checkpoint import Assembled, build
 from bridges.config import Recipe
 from bridges.data.template import IMAGE_TOKEN_ID
 from bridges.inference.features import Features
-from bridges.inference.fewshot import FewShot, complete, score
+from bridges.inference.fewshot import FewShot, complete, evenly, score
 from bridges.inference.prompts import Prompt, turns_of
 from bridges.inference.scoring import tree_of
 
@@ -238,6 +238,26 @@ def test_a_window_shorter_than_the_prompt_reads_everything_anew(
     assert reader.complete(queries, 8) == [complete(assembled, [whole(shots, query)], 8)[0] for query in queries]
 
 
+def test_a_line_is_no_longer_than_the_window(
+    recipe: Recipe, shots: list[Prompt], queries: list[Prompt], tmp_path: Path
+) -> None:
+    recipe.language.name = str(tiny_language("mistral", tmp_path, sliding_window=110))
+    recipe.bridge = BRIDGES["projector"]
+    assembled = build(recipe)
+    assembled.model.language.end_ids = frozenset()
+    reader, read = FewShot(assembled, shots), widths(assembled)
+    said = reader.complete(queries, 12)
+    before = read[0][1]
+    prefills = [columns for _, columns in read[1:] if columns > len(queries)]
+    assert len(prefills) > 1, "one line would be longer than the window"
+    assert all(before + columns + 12 <= 110 for columns in prefills)
+    assert said == FewShot(assembled, shots, reuse=False).complete(queries, 12)
+    found = reader.score(queries, LABELS).total
+    assert found[1].tolist() == pytest.approx(
+        [likely(assembled, whole(shots, queries[1]), label)[0] for label in LABELS], abs=1e-4
+    )
+
+
 def test_an_encoder_reads_the_demonstrations_too(
     recipe: Recipe, shots: list[Prompt], queries: list[Prompt], tmp_path: Path
 ) -> None:
@@ -265,6 +285,10 @@ def test_what_a_bridge_reads_beside_a_picture_is_the_text_up_to_the_next(
     plain.template.instructed = True
     text = plain.encode(["Look: ", pictures[0], "This is ", "a cat.", pictures[1], pictures[2], "What?"])
     assert text.asked == ["This is a cat.", "", "What?"]
+
+
+def test_batches_are_of_like_size() -> None:
+    assert [evenly(count, 32) for count in (0, 1, 32, 33, 64, 100)] == [0, 1, 32, 17, 32, 25]
 
 
 def test_a_tree_has_every_common_beginning_once() -> None:
