@@ -19,8 +19,9 @@ from bridges.evaluation.run import namer
 from bridges.evaluation.tasks import LONGEST_ANSWER, LONGEST_CAPTION
 from bridges.inference.demonstrations import Choice, drawn, fixed, gallery, nearest, text_only
 from bridges.inference.features import Features
-from bridges.inference.fewshot import FewShot, evenly
+from bridges.inference.fewshot import FewShot
 from bridges.inference.prompts import Prompt
+from bridges.inference.reading import evenly
 
 CONTROLS = ("image", "shuffled")  # the query's own picture, or another query's; the demonstrations keep theirs
 

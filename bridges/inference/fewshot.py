@@ -4,9 +4,9 @@ Flamingo (arXiv 2204.14198, section 2.5). OpenFlamingo (2308.01390) scores label
 tree, and one pass. It works for every bridge, whether it fills slots or is read by blocks inside the language model.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from math import ceil, inf
+from math import inf
 
 import torch
 
@@ -16,7 +16,7 @@ from bridges.data.template import IGNORE_INDEX, Encoded
 from bridges.inference.decoding import decode, room, until_end
 from bridges.inference.features import Features
 from bridges.inference.prompts import Plain, Prompt, follow, join
-from bridges.inference.reading import Kept, keep, lay, read, speak
+from bridges.inference.reading import Kept, keep, lay, parts, read, speak
 from bridges.inference.scoring import Scores, Tree, check_labels, scores_of
 from bridges.model import LONGEST_LINE
 from bridges.objectives.language import target_nll
@@ -40,11 +40,6 @@ def score(
 ) -> Scores:
     """Log-probabilities of labels after each prompt; see FewShot."""
     return FewShot(assembled, features=features).score(prompts, labels)
-
-
-def evenly(count: int, most: int) -> int:
-    """How many of `count` at once, `most` at most, so that no few are left over in the end."""
-    return ceil(count / max(1, ceil(count / most)))
 
 
 class FewShot:
@@ -101,11 +96,11 @@ class FewShot:
         texts, kept = self._after_shots(texts, max((len(tree.inner) for tree in trees), default=0))
         sizes = [len(text.ids) + len(tree.inner) for text, tree in zip(texts, trees, strict=True)]
         in_line = self.model.language.shares(max(sizes, default=0) + (len(kept) if kept else 0))
-        parts = [Scores(*(torch.zeros(0, len(labels), dtype=torch.double) for _ in range(2)))]
+        found = [Scores(*(torch.zeros(0, len(labels), dtype=torch.double) for _ in range(2)))]
         for part in self._parts(sizes, 0, kept, in_line):
             scored = self._score_in_line if in_line else self._score_in_rows
-            parts.append(scored(texts[part], trees[part], kept))
-        return Scores(*(torch.cat(each) for each in zip(*parts, strict=True)))
+            found.append(scored(texts[part], trees[part], kept))
+        return Scores(*(torch.cat(each) for each in zip(*found, strict=True)))
 
     def check(self, queries: Sequence[Prompt], wanted: int) -> None:
         """ValueError unless the demonstrations, each of the queries and `wanted` more tokens fit the context."""
@@ -134,23 +129,10 @@ class FewShot:
         self._kept = self._kept or keep(self.model, self.features, join(self.shots))
         return texts, self._kept
 
-    def _parts(self, sizes: Sequence[int], more: int, kept: Kept | None, in_line: bool) -> Iterator[slice]:
-        """At most `batch` texts at once; in a line no more than fit a window, or than see too little of each other.
-
-        Each text is of one of the `sizes`, and `more` tokens may follow it.
-        """
+    def _parts(self, sizes: Sequence[int], more: int, kept: Kept | None, in_line: bool) -> list[slice]:
         window = self.model.language.window
-        left = inf if window is None else window - (len(kept) if kept else 0)
-        start, columns, most = 0, 0, evenly(len(sizes), self.batch)
-        for place, size in enumerate(sizes):
-            count = place - start
-            too_long = columns + size > LONGEST_LINE or columns + size + (count + 1) * more > left
-            if count and (count == most or (in_line and too_long)):
-                yield slice(start, place)
-                start, columns = place, 0
-            columns += size
-        if sizes:
-            yield slice(start, len(sizes))
+        left = inf if window is None or not in_line else window - (len(kept) if kept else 0)
+        return parts(sizes, self.batch, LONGEST_LINE if in_line else inf, more, left)
 
     def _say_in_line(self, texts: Sequence[Encoded], kept: Kept | None, longest: int, ended: Ended) -> list[list[int]]:
         line = lay(texts, [Tree()] * len(texts), len(kept) if kept else 0, self.features.device)

@@ -6,6 +6,7 @@ What was read before is kept once and copied for nobody, nothing is padded, and 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,24 @@ class Kept:
 
     def __len__(self) -> int:
         return self.looks.shape[1]
+
+
+def evenly(count: int, most: int) -> int:
+    """How many of `count` at once, `most` at most, so that no few are left over in the end."""
+    return ceil(count / max(1, ceil(count / most)))
+
+
+def parts(sizes: Sequence[int], most: int, longest: float, more: int, room: float) -> list[slice]:
+    """Which texts stand together: about equally many, `most` at most, with `longest` tokens in all at most.
+
+    After each of them `more` tokens may follow, with which they still fit the `room`.
+    """
+    starts, together = [0], evenly(len(sizes), most)
+    for place in range(1, len(sizes)):
+        count, columns = place + 1 - starts[-1], sum(sizes[starts[-1] : place + 1])
+        if count > together or columns > longest or columns + count * more > room:
+            starts.append(place)
+    return [slice(*ends) for ends in zip(starts, [*starts[1:], len(sizes)], strict=True)] if sizes else []
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from bridges.checkpoint import Assembled, build
 from bridges.config import Recipe
 from bridges.data.template import IMAGE_TOKEN_ID
 from bridges.inference.features import Features
-from bridges.inference.fewshot import FewShot, complete, evenly, score
+from bridges.inference.fewshot import FewShot, complete, score
 from bridges.inference.prompts import Prompt, turns_of
+from bridges.inference.reading import evenly, parts
 from bridges.inference.scoring import tree_of
 
 GATED: dict[str, Any] = dict(name="flamingo", latents=5, depth=1, resampler_heads=2, resampler_head_dim=8)
@@ -289,6 +290,10 @@ def test_what_a_bridge_reads_beside_a_picture_is_the_text_up_to_the_next(
 
 def test_batches_are_of_like_size() -> None:
     assert [evenly(count, 32) for count in (0, 1, 32, 33, 64, 100)] == [0, 1, 32, 17, 32, 25]
+    assert parts([9] * 5, 3, 99, 0, 99) == [slice(0, 3), slice(3, 5)]
+    assert parts([9, 9, 30, 1], 4, 20, 0, 99) == [slice(0, 2), slice(2, 3), slice(3, 4)]
+    assert parts([9, 9, 9], 4, 99, 5, 28) == [slice(0, 2), slice(2, 3)]
+    assert parts([], 4, 99, 5, 28) == []
 
 
 def test_a_tree_has_every_common_beginning_once() -> None:
