@@ -41,7 +41,7 @@ def evenly(count: int, most: int) -> int:
     return ceil(count / max(1, ceil(count / most)))
 
 
-def parts(sizes: Sequence[int], most: int, longest: float, more: int, room: float) -> list[slice]:
+def parts(sizes: Sequence[int], most: int, longest: int | float, more: int, room: int | float) -> list[slice]:
     """Which texts stand together: about equally many, `most` at most, with `longest` tokens in all at most.
 
     After each of them `more` tokens may follow, with which they still fit the `room`.
