@@ -55,6 +55,10 @@ class Bridge(nn.Module):
         A bridge that fills slots may scale its last weights so that they start at the size the model is used to.
         """
 
+    def watched(self) -> dict[str, dict[str, float]]:
+        """Figures of its own to log in training, beside the held-out loss: by group and name."""
+        return {}
+
     def forward(self, features: Float[Tensor, "n p v"]) -> Visual:
         raise NotImplementedError
 

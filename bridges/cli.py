@@ -25,7 +25,7 @@ def demo(output: str = "runs/demo") -> None:
     run(Path(output))
 
 
-def evaluate(checkpoint: str, split: list[str] = [], size: int = 200) -> None:
+def evaluate(checkpoint: str, split: list[str] = [], size: int = 200, data: str | None = None) -> None:
     """Measure a checkpoint on held-out data, beside shuffled and blank pictures; write evaluation.json, report.html.
 
     Args:
@@ -33,10 +33,11 @@ def evaluate(checkpoint: str, split: list[str] = [], size: int = 200) -> None:
         split: val (the default); of scenes also val_pairs (objects never seen together) and val_sprites (pictures never
             seen); give the option again for more
         size: number of examples of each split
+        data: another source than the checkpoint's own, such as scenes:documents
     """
     from bridges.evaluation.run import evaluate
 
-    evaluate(checkpoint, split or ["val"], size)
+    evaluate(checkpoint, split or ["val"], size, data)
 
 
 def generate(

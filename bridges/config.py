@@ -63,6 +63,10 @@ class Data:
     prefix: bool = False
     """Split training captions at a random place between their first word and their middle; what is before it is read,
     only what is after it is learnt: BLIP-2's prefix language modelling, which it does for encoder-decoders."""
+    batch: int | None = None
+    """Examples of it a step, over all processes and micro-batches; by default `train.batch`."""
+    weight: float = 1.0
+    """Weight of its mean loss, where a step mixes several data."""
 
 
 @dataclass
@@ -122,6 +126,9 @@ class Recipe:
     """A first stage without a language model: weights of `contrastive` or `sigmoid`, `matching`, `captioning` on pairs
     of pictures and captions. By default the language model says what the assistant says."""
     data: Data = field(default_factory=Data)
+    """What it learns from, and is measured on."""
+    also: list[Data] = field(default_factory=list)
+    """More to learn from: every step sees a batch of each, and adds their losses up by weight."""
     train: Train = field(default_factory=Train)
 
 
@@ -205,5 +212,11 @@ def refuse_unknown(given: dict[str, Any], schema: type, source: str, prefix: str
                     f"{source}: {prefix}{key} should hold keys such as {fields(inner)[0].name}, not {value!r}"
                 )
             refuse_unknown(value, inner, source, f"{prefix}{key}.")
+        elif isinstance(value, list) and (kind := next(iter(get_args(inner)), None)) and is_dataclass(kind):
+            for entry in value:
+                if not isinstance(entry, dict):
+                    first = fields(kind)[0].name
+                    raise ValueError(f"{source}: {key} should hold entries with keys such as {first}, not {entry!r}")
+                refuse_unknown(entry, kind, source, f"{key}.")
         elif value is None and type(None) not in get_args(inner):
             raise ValueError(f"{source}: {prefix}{key} has no value; give it one, or leave the key out")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from einops import repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ Norm = Literal["layer", "rms"]
 
 
 class Flamingo(Bridge):
-    """No slots: `latents` vectors a picture, and a gated block before every `every`-th layer, from `offset` on.
+    """`latents` vectors a picture, and a gated block before every `every`-th layer, from `offset` on.
 
     resampler:  `latents`, `depth`, `resampler_heads` of `resampler_head_dim`, `multiple`, `activation`, `frames`
     blocks:     `every`, `offset` (0: before layers 0, every, …; OpenFlamingo: every - 1), `heads` of `head_dim`,
@@ -28,6 +29,9 @@ class Flamingo(Bridge):
     gate:       `scalar` tanh(0) as in the paper, `vector` one for each channel, `none` with last weights of zero;
                 `gate_speed` multiplies a gate's learning rate
     sees:       `last` only the last picture before a token, as in the paper, or `all` before it
+    tag:        what stands in the text where a picture does: the `words` `<image>`, in the language model's own tokens,
+                or a `learnt` vector, the one slot (a new token with a trained embedding, as OpenFlamingo and IDEFICS
+                have it; then no layer is without a graph)
     A token without a picture before it gets nothing from the attention; the feed-forward works on it all the same.
     Raises ValueError where no layer gets a block.
     """
@@ -57,6 +61,7 @@ class Flamingo(Bridge):
         gate: Gate = "scalar",
         gate_speed: float = 1.0,
         sees: Literal["last", "all"] = "last",
+        tag: Literal["words", "learnt"] = "words",
     ) -> None:
         super().__init__()
         places = range(offset, num_layers, every) if every > 0 else range(0)
@@ -65,7 +70,13 @@ class Flamingo(Bridge):
                 f"blocks before every {every}. layer from {offset} on: the language model has {num_layers} layers; "
                 "choose a smaller every or offset"
             )
-        self.num_slots, self.sees = 0, sees
+        self.sees = sees
+        self.tag: Tensor
+        if tag == "learnt":
+            self.tag = nn.Parameter(torch.randn(1, language_dim))
+        else:
+            self.register_buffer("tag", torch.zeros(0, language_dim), persistent=False)
+        self.num_slots = len(self.tag)
         self.perceiver = Perceiver(
             vision_dim, latents, depth, resampler_heads, resampler_head_dim, multiple, activation, qk_norm, frames
         )
@@ -74,9 +85,21 @@ class Flamingo(Bridge):
         )
         self.blocks = nn.ModuleDict({str(place): made() for place in places})
 
+    def match_scale(self, embedding_rms: float) -> None:
+        self.tag.data *= embedding_rms
+
+    def watched(self) -> dict[str, dict[str, float]]:
+        """How far open the gates are: the mean of |tanh|, 0 at the beginning."""
+        blocks: Any = self.blocks
+        opened = {name: block.opened() for name, block in blocks.items()}
+        return {
+            f"{part} gates": {f"layer {layer}": gates[part] for layer, gates in opened.items() if part in gates}
+            for part in ("attention", "feed-forward")
+        }
+
     def forward(self, features: Float[Tensor, "n p v"]) -> Visual:
         memory = self.perceiver(features)
-        return Visual(memory.new_zeros(len(memory), 0, next(iter(self.blocks.values())).width), memory)
+        return Visual(repeat(self.tag, "k d -> n k d", n=len(memory)), memory)
 
 
 class GatedBlock(nn.Module):
@@ -99,7 +122,7 @@ class GatedBlock(nn.Module):
         super().__init__()
         new: Any = nn.LayerNorm if norm == "layer" else nn.RMSNorm
         eps = {} if norm == "layer" else {"eps": 1e-6}
-        self.width, self.gate_speed = width, gate_speed
+        self.gate_speed = gate_speed
         self.norm, self.feed_norm = new(width, **eps), new(width, **eps)
         heads_norm = (lambda size: nn.RMSNorm(size, eps=1e-6)) if qk_norm else None
         self.attention = Attention(width, heads, memory_width, head_dim=head_dim, bias=False, norm=heads_norm)
@@ -127,6 +150,11 @@ class GatedBlock(nn.Module):
         looked = looked * some[:, 0, :, None].to(looked.dtype)
         hidden = hidden + self._gated(self.attention_gate, looked)
         return hidden + self._gated(self.feed_gate, self.feed(self.feed_norm(hidden)))
+
+    def opened(self) -> dict[str, float]:
+        """The mean of |tanh| of each gate, if it has any."""
+        gates = {"attention": self.attention_gate, "feed-forward": self.feed_gate}
+        return {k: torch.tanh(self.gate_speed * g).abs().mean().item() for k, g in gates.items() if g is not None}
 
     def _gated(self, gate: Tensor | None, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         """A gate's own learning rate: under Adam, which knows no scale, a factor on it is a factor on its rate."""

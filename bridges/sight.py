@@ -48,10 +48,13 @@ def sight(
 
         looks       0 1 1 2 2 -   sees  last  . 1 1 2 2   all  . 1 1 1 1
                                                                      2 2
-    Raises ValueError where a text looks at a picture that is not there.
+    Raises ValueError where the texts look at more pictures than there are, or at fewer.
     """
-    if int(looks.max()) > len(memory):
-        raise ValueError(f"a text refers to picture {int(looks.max())}, and there are {len(memory)}")
+    if int(looks.max()) != len(memory):
+        raise ValueError(
+            f"the texts look at {int(looks.max())} pictures, and there are {len(memory)}; "
+            "each picture needs one marker in the text, and each marker a picture"
+        )
     index = pictures_of(looks)
     blocks: Any = bridge.blocks
     kept = {name: place(block.keys_values(memory), index) for name, block in blocks.items()}

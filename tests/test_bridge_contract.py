@@ -19,6 +19,7 @@ from bridges.data.batch import Batch, collate, rows_of
 from bridges.data.conversation import Conversation, Example, Turn, ask
 from bridges.inference.decoding import answers
 from bridges.objectives.language import language_loss
+from bridges.training.feed import Share
 from bridges.training.loop import train_step
 from bridges.training.stage import said_loss
 
@@ -45,7 +46,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "flamingo": [
         {**LATENTS, **FUSED},
-        {**LATENTS, **FUSED, "every": 2, "offset": 1, "gate": "vector", "sees": "all", "activation": "squared_relu"},
+        {**LATENTS, **FUSED, "every": 2, "offset": 1, "gate": "vector", "sees": "all", "tag": "learnt", "activation": "relu"},
         {**LATENTS, **FUSED, "gate": "none", "swiglu": True, "norm": "rms", "qk_norm": True, "inner": 24},
     ],
 }
@@ -259,7 +260,8 @@ def test_a_users_own_bridge_needs_a_name_with_a_dot_and_nothing_else(
     before = {name: p.detach().clone() for name, p in model.bridge.named_parameters()}
     assert before["layers.0.weight"].shape == (12, 16)
     optimizer = torch.optim.AdamW(model.bridge.parameters(), lr=1e-2)
-    figures = train_step(Accelerator(), model, [batch_of(assembled, pictures)], optimizer, 1.0, said_loss)
+    shares = [Share("pictures", 1.0, [batch_of(assembled, pictures)])]
+    figures = train_step(Accelerator(), model, shares, optimizer, 1.0, said_loss)
     assert figures["loss"] > 0
     assert figures["targets"] > 0
     assert all(not torch.equal(p, before[name]) for name, p in model.bridge.named_parameters())

@@ -84,6 +84,15 @@ def test_a_bridges_option_is_overridden_by_itself(file: Path):
     assert Recipe(output="a").bridge == {"name": "projector"}, "an override has changed the default"
 
 
+def test_data_to_mix_are_a_list(file: Path):
+    file.write_text("output: a\nalso:\n- {source: b.csv, weight: 0.2, batch: 4}\n- {source: c.csv}\n")
+    assert read_recipe(file).also == [Data(source="b.csv", weight=0.2, batch=4), Data(source="c.csv")]
+    values: dict[str, Any] = {**asdict(read_recipe(file))}
+    values["train"]["betas"] = list(values["train"]["betas"])
+    file.write_text(yaml.safe_dump(values))
+    assert len(read_recipe(file).also) == 2
+
+
 def test_a_recipe_survives_yaml(file: Path):
     recipe = read_recipe(file, ["--data.images", "pictures", "--language.template", "vicuna"])
     values: dict[str, Any] = {**asdict(recipe)}
@@ -99,6 +108,8 @@ def test_a_recipe_survives_yaml(file: Path):
         ("output: a\ntrain: {stepps: 3}", "unknown key train.stepps; did you mean train.steps"),
         ("output: a\ntrain: {zzzz: 3}", "unknown key train.zzzz; there are steps, batch, .*workers"),
         ("output: a\n1: 2", "unknown key 1"),
+        ("output: a\nalso: [{source: a}, {wait: 1}]", "unknown key also.wait; did you mean also.weight"),
+        ("output: a\nalso: [5]", "also should hold entries with keys such as source, not 5"),
         ("output: a\ntrain: 5", "train should hold keys such as steps, not 5"),
         ("output: a\ntrain:", "train should hold keys such as steps, not None"),
         ("output: a\ntrain: {steps: many}", "train.steps.*many"),

@@ -18,12 +18,16 @@ ENCODERS = {
     "openai/clip-vit-large-patch14": (1024, 256),
     "Salesforce/blip2-itm-vit-g": (1408, 257),
     "openai/clip-vit-large-patch14-336": (1024, 576),
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": (1280, 257),
 }
 WIDTHS = {
     "bundled:smollm2-135m-instruct": (576, 30),
     "lmsys/vicuna-7b-v1.5": (4096, 32),
     "facebook/opt-2.7b": (2560, 32),
     "google/flan-t5-xl": (2048, 24),
+    "EleutherAI/pythia-1.4b": (2048, 24),
+    "togethercomputer/RedPajama-INCITE-Instruct-3B-v1": (2560, 32),
+    "huggyllama/llama-7b": (4096, 32),
 }
 FOLDERS = {"blip2-flan-t5-xxl"}  # of released weights, which a recipe says how to fetch
 
@@ -31,7 +35,8 @@ FOLDERS = {"blip2-flan-t5-xxl"}  # of released weights, which a recipe says how 
 def test_there_are_recipes() -> None:
     first = {"demo", "minigpt4_align", "minigpt4_instruct", "llava15_align", "llava15_instruct"}
     second = {"blip2_stage1", "blip2_stage2_opt", "blip2_stage2_t5", "instructblip", "demo_qformer"}
-    assert first | second <= {p.stem for p in RECIPES}
+    third = {"flamingo_3b", "openflamingo_4b", "idefics_9b", "demo_flamingo"}
+    assert first | second | third <= {p.stem for p in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

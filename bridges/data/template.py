@@ -14,6 +14,7 @@ IGNORE_INDEX = -100
 IMAGE_TOKEN_ID = -1  # in no embedding table: the language model's vocabulary stays as it is
 IMAGE_MARK = "\ufdd0"  # three of Unicode's noncharacters: they stand in nobody's text
 PLACE = re.compile("\ufdd1(\\d+)\ufdd2")
+IMAGE_TAG = "<image>"  # what the language model reads where a bridge fills no slots: Flamingo's tag, as plain words
 
 TEMPLATES = {
     # Nothing but the words: caption alignment as in LLaVA's and MiniGPT-4's first stage, and models without a chat.
@@ -132,16 +133,18 @@ class Template:
     def tokenize(self, text: str, spans: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[int], list[int]]:
         """Ids of a rendered text, its labels (the id where a token touches one of the `spans`, characters), its looks.
 
-        Each picture's mark becomes `num_slots` image tokens.
+        Each picture's mark becomes `num_slots` image tokens; where there are none, the words `<image>`, which look at
+        it, so that a picture that another one follows at once is seen too.
         """
         ids: list[int] = []
         labels: list[int] = []
         looks: list[int] = []
         start = 0
+        tag = [IMAGE_TOKEN_ID] * self.num_slots or self.tokenizer(IMAGE_TAG, add_special_tokens=False)["input_ids"]
         for index, piece in enumerate(text.split(IMAGE_MARK)):
             if index:
-                ids += [IMAGE_TOKEN_ID] * self.num_slots
-                labels += [IGNORE_INDEX] * self.num_slots
+                ids += tag
+                labels += [IGNORE_INDEX] * len(tag)
                 start += len(IMAGE_MARK)
             encoded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
             ids += encoded["input_ids"]

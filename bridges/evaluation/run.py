@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,30 @@ AT_ONCE = 48  # examples; pictures are shuffled among them
 OPENMOJI = "Pictures composed of OpenMoji 17, the open-source emoji and icon project, CC BY-SA 4.0 (openmoji.org)."
 
 
-def evaluate(checkpoint: str | Path, splits: Sequence[str] = ("val",), size: int = 200) -> dict[str, Any]:
+def evaluate(
+    checkpoint: str | Path, splits: Sequence[str] = ("val",), size: int = 200, data: str | None = None
+) -> dict[str, Any]:
     """Measure a checkpoint on the first `size` examples of each split; print, write and return the table.
 
+    `data` is another source than the checkpoint's own; its splits are told as `val of <data>`.
     Splits measured before stay in evaluation.json. Raises ValueError where the split is empty or unknown.
     """
     folder = Path(checkpoint)
     built: Built = load_pairs(folder) if recipe_of(folder).objectives else load(folder)
+    asked = built
+    if data:
+        source = replace(built.recipe.data, source=data, validation=None)
+        asked = built._replace(recipe=replace(built.recipe, data=source))
     console = Console()
     measured: dict[str, Any] = {}
     shown: list[Shown] = []
     for split in splits:
-        if isinstance(built, Paired):
-            measured[split], pictures = measure_pairs(built, split, size, console)
+        name = f"{split} of {data}" if data else split
+        if isinstance(asked, Paired):
+            measured[name], pictures = measure_pairs(asked, split, size, console)
         else:
-            said = measure(built, split, size, console)
-            measured[split], pictures = tabulate(said, namer(built)), [show(one) for one in said[:12]]
+            said = measure(asked, split, size, console)
+            measured[name], pictures = tabulate(said, namer(asked)), [show(one) for one in said[:12]]
         shown = shown or pictures
     results = folder / RESULTS
     table = {**(json.loads(results.read_text()) if results.exists() else {}), **measured}

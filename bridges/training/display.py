@@ -32,6 +32,7 @@ class Display:
     def __init__(self, built: Built, first: int, main: bool) -> None:
         recipe = built.recipe
         self.settings, self.main, self.first = recipe.train, main, first
+        self.batch = sum(data.batch or recipe.train.batch for data in (recipe.data, *recipe.also))
         self.console = Console(quiet=not main)
         self.console.print(counts(built), highlight=False)
         columns = (
@@ -67,7 +68,7 @@ class Display:
     def advance(self, step: int, figures: dict[str, float], lr: float) -> None:
         self.figures.append(figures)
         self.lr = lr
-        rate = self.settings.batch * (step - self.first) / (time.monotonic() - self.began)
+        rate = self.batch * (step - self.first) / (time.monotonic() - self.began)
         text = f"loss {figures['loss']:.3f}  lr {lr:.1e}  {rate:.1f} samples/s"
         self.bar.update(self.task, completed=step, description=text)
 
@@ -80,7 +81,7 @@ class Display:
             "step": step,
             **means,
             "lr": self.lr,
-            "samples_per_second": self.settings.batch * count / seconds,
+            "samples_per_second": self.batch * count / seconds,
             "targets_per_second": sum(f["targets"] for f in self.figures) / seconds,
             "seconds": time.monotonic() - self.began,
         }

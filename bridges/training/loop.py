@@ -1,14 +1,12 @@
 """The training loop, top to bottom: towers, bridge, data, steps; each periodic job is one `if`."""
 
 import math
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
@@ -21,6 +19,7 @@ from bridges.data.sources import open_split
 from bridges.files import prepare_output
 from bridges.interrupt import interruptible
 from bridges.training.display import Display
+from bridges.training.feed import Share, open_sources, prefetched
 from bridges.training.stage import Figures, Loss, Stage, open_stage, refuse_equal_captions
 from bridges.training.state import restore, save_state, steps_done
 
@@ -42,8 +41,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     stage = open_stage(recipe)
     model: Any = stage.built.model.to(accelerator.device).train()
     prepare_output(output, needed=20 * sum(p.numel() for p in model.bridge.parameters()))
-    data = SkipBroken(open_split(recipe.data, "train"))
-    refuse_equal_captions(stage, data)
+    sources = open_sources(recipe)
+    refuse_equal_captions(stage, sources[0].data)
     held = validation_batch(stage, min(settings.evaluate_size, settings.batch * 4))
     optimizer = torch.optim.AdamW(parameter_groups(model.bridge, settings), lr=settings.lr, betas=settings.betas)
     first = restore(output, stage.built, optimizer) if resume else 0
@@ -52,10 +51,11 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
     with Display(stage.built, first, accelerator.is_main_process) as display, interruptible() as stop:
         step = first
-        for step, batches in enumerate(prefetched(stage, data, accelerator, first), start=first + 1):
+        feed = prefetched(stage, sources, first, accelerator.process_index, accelerator.num_processes)
+        for step, shares in enumerate(feed, start=first + 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, settings)
-            figures = train_step(accelerator, wrapped, batches, optimizer, settings.clip, stage.loss)
+            figures = train_step(accelerator, wrapped, shares, optimizer, settings.clip, stage.loss)
             display.advance(step, figures, optimizer.param_groups[0]["lr"])
             if step % settings.log_every == 0 or step == settings.steps:
                 display.log(step)
@@ -67,8 +67,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
                 save_state(output, stage.built, optimizer, step)
             if stop.asked:
                 break
-    if accelerator.is_main_process and data.broken:
-        print(data.summary())
+    for source in sources:
+        if accelerator.is_main_process and source.data.broken:
+            print(f"{source.name}: {source.data.summary()}")
     if stop.asked:
         raise KeyboardInterrupt(
             f"stopped after step {step} of {settings.steps} and saved in {output}; add --resume to go on"
@@ -90,34 +91,52 @@ def after_its_start(recipe: Recipe, resume: bool) -> Recipe:
 def train_step(
     accelerator: Accelerator,
     model: nn.Module,
-    batches: Sequence[Any],
+    shares: Sequence[Share],
     optimizer: torch.optim.Optimizer,
     clip: float,
     objective: Loss,
 ) -> dict[str, float]:
-    """One update from several micro-batches: their summed loss over the number of all targets, on all processes.
+    """One update. Of each source: the summed loss of its micro-batches over the number of all its targets, on all
+    processes, times its weight; these are added up (Flamingo, arXiv 2204.14198, equation 2).
 
-    Returns the mean `loss` (nats a target), the number of `targets`, and the parts of the loss, if it has any.
-    Raises ValueError at a NaN or infinity, before it does harm.
+    Returns the weighted mean `loss` (nats a target), the number of `targets`, the parts of the loss, if it has any,
+    and the `loss/<source>` of each, if there are several. Raises ValueError at a NaN or infinity, before it does harm.
     """
-    device = accelerator.device
-    targets = int(summed(accelerator, torch.tensor(sum(b.num_targets for b in batches), device=device)))
-    total, parts = torch.zeros((), device=device), {}
-    for index, batch in enumerate(batches):
-        last = index == len(batches) - 1
-        with nullcontext() if last else accelerator.no_sync(model):
-            loss, parts = objective(model, batch.to(device))
-            # processes average their gradients; the sum over all is wanted
-            accelerator.backward(loss * (accelerator.num_processes / targets))
-        total += loss.detach()
+    parts, losses, targets = {}, [], 0
+    for index, share in enumerate(shares):
+        total, count, more = backward(accelerator, model, share, objective, last=index == len(shares) - 1)
+        losses, targets, parts = [*losses, total / count], targets + count, {**parts, **more}
     norm = accelerator.clip_grad_norm_(model.parameters(), clip)
-    mean = float(summed(accelerator, total)) / targets
+    weights = [share.weight for share in shares]
+    mean = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
     if not math.isfinite(mean) or (norm is not None and not math.isfinite(float(norm))):
-        where = first_broken(accelerator.unwrap_model(model), batches[-1].to(device), objective)
+        batch = shares[-1].batches[-1].to(accelerator.device)
+        where = first_broken(accelerator.unwrap_model(model), batch, objective)
         raise ValueError(f"loss {mean}, gradient norm {norm}: {where}")
     optimizer.step()
     optimizer.zero_grad()
+    if len(shares) > 1:
+        parts |= {f"loss/{share.name}": loss for share, loss in zip(shares, losses, strict=True)}
     return {"loss": mean, "targets": targets, **parts}
+
+
+def backward(
+    accelerator: Accelerator, model: nn.Module, share: Share, objective: Loss, last: bool
+) -> tuple[float, int, dict[str, float]]:
+    """Add the gradients of one source. Returns its summed loss and its targets, over all processes, and parts of it.
+
+    Processes average their gradients, once, after the `last` source's last micro-batch; the sum over all is wanted.
+    """
+    device, parts = accelerator.device, {}
+    targets = int(summed(accelerator, torch.tensor(sum(b.num_targets for b in share.batches), device=device)))
+    scale = share.weight * accelerator.num_processes / targets
+    total = torch.zeros((), device=device)
+    for index, batch in enumerate(share.batches):
+        with nullcontext() if last and index == len(share.batches) - 1 else accelerator.no_sync(model):
+            loss, parts = objective(model, batch.to(device))
+            accelerator.backward(loss * scale)
+        total += loss.detach()
+    return float(summed(accelerator, total)), targets, parts
 
 
 def first_broken(model: Any, batch: Any, objective: Loss) -> str:
@@ -150,31 +169,11 @@ def validation_batch(stage: Stage, size: int) -> Any:
 
 
 def held_out(stage: Stage, batch: Any, device: torch.device) -> Figures:
-    """Measured asleep: no dropout."""
+    """Measured asleep: no dropout. Beside it what the bridge says of itself."""
     stage.built.model.eval()
-    figures = stage.held_out(batch.to(device))
+    figures = {**stage.held_out(batch.to(device)), **stage.built.model.bridge.watched()}
     stage.built.model.train()
     return figures
-
-
-def prefetched(stage: Stage, data: Any, accelerator: Accelerator, first: int) -> Iterator[list[Any]]:
-    """The micro-batches of every step from `first` on, prepared by threads while the step before computes."""
-    settings = stage.built.recipe.train
-    share = settings.batch // accelerator.num_processes
-    if share * accelerator.num_processes != settings.batch:
-        raise ValueError(f"train.batch {settings.batch} does not divide by {accelerator.num_processes} processes")
-    size = settings.micro_batch or share
-
-    def prepare(step: int) -> list[Any]:
-        places = order(step, settings.batch, len(data), settings.seed)[accelerator.process_index * share :][:share]
-        return [stage.batch([data[i] for i in places[at : at + size]]) for at in range(0, share, size)]
-
-    with ThreadPoolExecutor(settings.workers) as pool:
-        waiting: list[Future[list[Batch]]] = []
-        for step in range(first, settings.steps):
-            while len(waiting) <= settings.workers and step + len(waiting) < settings.steps:
-                waiting.append(pool.submit(prepare, step + len(waiting)))
-            yield waiting.pop(0).result()
 
 
 def summed(accelerator: Accelerator, value: Tensor) -> Tensor:
@@ -182,13 +181,6 @@ def summed(accelerator: Accelerator, value: Tensor) -> Tensor:
     total = accelerator.reduce(value)
     assert isinstance(total, Tensor)
     return total
-
-
-def order(step: int, batch: int, size: int, seed: int) -> list[int]:
-    """Which examples a step sees: epoch after epoch, each in its own order. A pure function: resuming is exact."""
-    places = range(step * batch, (step + 1) * batch)
-    shuffled = {e: np.random.default_rng([seed, e]).permutation(size) for e in {p // size for p in places}}
-    return [int(shuffled[p // size][p % size]) for p in places]
 
 
 def learning_rate(step: int, settings: Train) -> float:

@@ -53,8 +53,15 @@ def refuse_other_recipe(output: Path, config: dict, recipe: Recipe) -> None:
         "language": vars(recipe.language),
         "vision": vars(recipe.vision),
         "objectives": recipe.objectives,
+        **{f"also.{number}": plain(vars(data)) for number, data in enumerate(recipe.also)},
         "train": {k: plain(v) for k, v in vars(recipe.train).items() if k not in free},
     }
+    if len(config["also"]) != len(recipe.also):
+        raise ValueError(
+            f"{output} was trained with {len(config['also'])} data beside the first (also), the recipe has "
+            f"{len(recipe.also)}; resume needs the same"
+        )
+    config = {**config, **{f"also.{number}": data for number, data in enumerate(config["also"])}}
     for part, values in now.items():
         for key, value in values.items():
             if config[part].get(key) != value:

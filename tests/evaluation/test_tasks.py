@@ -123,6 +123,14 @@ def test_a_checkpoint_is_measured_and_reported(on_captions: Path) -> None:
     assert "OpenMoji" not in page
 
 
+def test_other_data_are_measured_beside_its_own(on_captions: Path) -> None:
+    first = evaluate(on_captions, ["val"], size=8)
+    table = evaluate(on_captions, ["val"], size=4, data="scenes:documents")
+    assert set(table) == {"val", "val of scenes:documents"}
+    assert table["val"] == first["val"]
+    assert {"answer_accuracy", "answer_accuracy/which", "caption_nll"} <= set(table["val of scenes:documents"])
+
+
 def test_an_unknown_split_is_refused(on_captions: Path) -> None:
     with pytest.raises(ValueError, match="no split 'test'"):
         evaluate(on_captions, ["test"])

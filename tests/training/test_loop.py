@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from bridges.checkpoint import Assembled, build, plain
 from bridges.config import Recipe
 from bridges.data.conversation import Conversation, Example, Turn, ask
-from bridges.training.loop import learning_rate, order, parameter_groups, train, train_step
+from bridges.training.feed import Share, order
+from bridges.training.loop import learning_rate, parameter_groups, train, train_step
 from bridges.training.stage import make_batch, said_loss
 from bridges.training.state import STATE
 
@@ -70,8 +71,12 @@ def examples(pictures: list[Image.Image], count: int) -> list[Example]:
 
 
 def step(assembled: Assembled, batches: list, lr: float = 1e-2) -> dict[str, float]:
+    return mixed_step(assembled, [Share("all", 1.0, batches)], lr)
+
+
+def mixed_step(assembled: Assembled, shares: list[Share], lr: float = 1e-2) -> dict[str, float]:
     groups = parameter_groups(assembled.model.bridge, assembled.recipe.train)
-    return train_step(Accelerator(), assembled.model, batches, torch.optim.AdamW(groups, lr=lr), 1e9, said_loss)
+    return train_step(Accelerator(), assembled.model, shares, torch.optim.AdamW(groups, lr=lr), 1e9, said_loss)
 
 
 def test_a_step_changes_the_bridge_and_nothing_else(assembled: Assembled, pictures: list[Image.Image]) -> None:
@@ -96,6 +101,58 @@ def test_a_batch_of_four_is_four_batches_of_one(recipe: Recipe, pictures: list[I
     assert figures["loss"] == pytest.approx(other["loss"], abs=1e-5)
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, other_weights[name], atol=2e-5, rtol=1e-4)
+
+
+def test_a_mixed_step_adds_up_each_source_by_its_weight(assembled: Assembled, pictures: list[Image.Image]) -> None:
+    """The gradient is 1.0 x that of the mean over the first's targets + 0.2 x that of the second's."""
+    parts = [make_batch(assembled, part) for part in (examples(pictures, 4)[:3], examples(pictures, 4)[3:])]
+    weights, means = (1.0, 0.2), []
+    bridge = assembled.model.bridge
+    for batch, weight in zip(parts, weights, strict=True):
+        loss, _ = said_loss(assembled.model, batch)
+        (loss / batch.num_targets * weight).backward()  # gradients add up
+        means.append(loss.item() / batch.num_targets)
+    assert parts[0].num_targets != parts[1].num_targets
+    expected = {name: p.grad.clone() for name, p in bridge.named_parameters() if p.grad is not None}
+    bridge.zero_grad()
+    found = {}
+    for name, parameter in bridge.named_parameters():
+        parameter.register_hook(lambda grad, name=name: found.update({name: found.get(name, 0) + grad}))
+    shares = [Share(name, weight, [batch]) for name, weight, batch in zip("ab", weights, parts, strict=True)]
+    figures = mixed_step(assembled, shares)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+    assert [figures["loss/a"], figures["loss/b"]] == pytest.approx(means, rel=1e-5)
+    assert figures["loss"] == pytest.approx((means[0] + 0.2 * means[1]) / 1.2, rel=1e-5)
+    assert figures["targets"] == sum(batch.num_targets for batch in parts)
+
+
+def mixed(run: Recipe) -> Recipe:
+    """Beside its pictures every step sees two texts without one, and a fifth of their loss."""
+    file = Path(run.data.source).parent / "texts.jsonl"
+    rows = [{"messages": [{"role": "user", "content": "Say."}, {"role": "assistant", "content": w}]} for w in WORDS]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return replace(run, also=[replace(run.data, source=str(file), batch=2, weight=0.2)])
+
+
+def test_a_mixed_run_logs_every_source_and_goes_on_exactly(run: Recipe, tmp_path: Path) -> None:
+    run = mixed(run)
+    whole = train(replace(run, output=str(tmp_path / "whole")))
+    part = replace(run, output=str(tmp_path / "part"))
+    interrupt_at(2, part.output)
+    with pytest.raises(KeyboardInterrupt):
+        train(part)
+    train(part, resume=True)
+    assert losses(part.output) == losses(whole)
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines() if "loss/" in line]
+    assert len(rows) == 6
+    for row in rows:
+        one, other = row[f"loss/{run.data.source}"], row[f"loss/{run.also[0].source}"]
+        assert row["loss"] == pytest.approx((one + 0.2 * other) / 1.2, rel=1e-5)
+    with pytest.raises(ValueError, match=r"also.0.weight 0.2, the recipe says 0.5"):
+        train(replace(part, also=[replace(run.also[0], weight=0.5)]), resume=True)
+    with pytest.raises(ValueError, match="1 data beside the first"):
+        train(replace(part, also=[]), resume=True)
 
 
 def test_a_run_learns_and_leaves_a_checkpoint(run: Recipe) -> None:
@@ -207,13 +264,12 @@ def test_broken_pictures_are_skipped_and_listed(
 
 @pytest.mark.parametrize("processes", [2])
 def test_two_processes_equal_one(run: Recipe, tmp_path: Path, processes: int) -> None:
-    """Two ranks over gloo, each with half of the batch, give the losses of one process."""
+    """Two ranks over gloo, each with half of each batch, of which one has no picture, give the losses of one."""
+    run = mixed(run)
     one = train(replace(run, output=str(tmp_path / "one")))
     other = replace(run, output=str(tmp_path / "two"))
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        yaml.safe_dump({k: plain(vars(v)) if hasattr(v, "__dict__") else v for k, v in vars(other).items()})
-    )
+    recipe.write_text(yaml.safe_dump(plain(asdict(other))))
     command = [
         sys.executable,
         "-m",
