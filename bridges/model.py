@@ -6,19 +6,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
 from bridges.base import Bridge, Visual
-from bridges.sight import Sight, sight
+from bridges.layout import PADDING, SHARED, attention_mask, contiguous, in_lines, needed, visible
+from bridges.sight import Sight, check_looks, sight
 from bridges.towers.language import LanguageTower
 from bridges.towers.vision import VisionTower
 
-PADDING = -1
-SHARED = 0
-LONGEST_LINE = 1024  # tokens; beyond it the blocks of the mask that nobody sees cost more than padding
+LONGEST_LINE = 1024  # tokens; longer rows are read as they are, without a mask of their square
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,19 @@ class BridgedModel(nn.Module):
         """
         slots, memory = self.see(pixel_values, features, asked)
         embeds = self.embed(input_ids, slots)
+        check_looks(self.bridge, memory, looks)
         shared = self._constant_prefix(input_ids, segments, positions, at)
-        kept = segments != PADDING
-        if not kept.all() and int(kept.sum()) <= LONGEST_LINE and self.language.shares(int(positions.max()) + 1):
-            return self._read_in_line(embeds, input_ids, segments, positions, at, shared, memory, looks)
+        kept = needed(segments, at)
+        kept[:, :shared] = False
+        short = segments.shape[1] <= LONGEST_LINE and self.language.shares(int(positions.max()) + 1)
+        if short and kept.any() and not kept[:, shared:].all():
+            return self._read_in_lines(kept, embeds, input_ids, segments, positions, at, shared, memory, looks)
         cache = self._prefix_cache(input_ids[0, :shared], len(input_ids)) if shared else None
         return self._read(embeds, segments, positions, at, shared, cache, self.sight(memory, looks, segments))
 
-    def _read_in_line(
+    def _read_in_lines(
         self,
+        kept: Bool[Tensor, "b t"],
         embeds: Float[Tensor, "b t d"],
         input_ids: Int[Tensor, "b t"],
         segments: Int[Tensor, "b t"],
@@ -74,17 +77,25 @@ class BridgedModel(nn.Module):
         memory: Float[Tensor, "n m w"] | None,
         looks: Int[Tensor, "b t"] | None,
     ) -> Float[Tensor, "s vocab"]:
-        """The language model over all rows end to end, so that nothing is padded: the same logits from fewer tokens."""
-        kept = segments != PADDING
-        kept[:, :cached] = False
-        rows, _ = kept.nonzero(as_tuple=True)
-        mask = attention_mask(segments[kept][None], self.language.dtype, rows=rows[None])
+        """The language model over rows end to end in a few lines, so that little is padded: the same logits from fewer
+        tokens. Only positions that are `kept` are read."""
+        index = in_lines(kept.sum(1).tolist(), self.language.dim).to(kept.device)
+        index = torch.where(index < 0, index, kept.flatten().nonzero()[:, 0][index])  # of the kept -> of all positions
+        padding = index < 0
+
+        def line(x: Tensor, fill: int) -> Tensor:
+            return x.flatten(0, 1)[index].masked_fill(padding, fill)
+
+        rows, texts = torch.where(padding, -1, index // kept.shape[1]), line(segments, PADDING)
+        mask = attention_mask(texts, self.language.dtype, rows=rows)
         mask = F.pad(mask, (cached, 0))  # the cached prefix is everyone's
-        place = rearrange(rearrange(kept, "b t -> (b t)").cumsum(0) - 1, "(b t) -> b t", b=len(kept))[at]
-        cache = self._prefix_cache(input_ids[0, :cached], 1) if cached else None
-        sight = self.sight(memory, None if looks is None else looks[kept][None], segments[kept][None], rows[None])
-        at = (torch.zeros_like(place), place)
-        return self.language(embeds[kept][None], mask, positions[kept][None], at, cache, sight)
+        place = torch.zeros(kept.numel(), dtype=torch.long, device=kept.device)
+        place[index[~padding]] = torch.arange(index.numel(), device=kept.device)[~padding.flatten()]
+        place = rearrange(place, "(b t) -> b t", b=len(kept))[at]
+        cache = self._prefix_cache(input_ids[0, :cached], len(index)) if cached else None
+        sight = self.sight(memory, None if looks is None else line(looks, 0), texts, rows)
+        at = (place // index.shape[1], place % index.shape[1])
+        return self.language(embeds.flatten(0, 1)[index], mask, line(positions, 0), at, cache, sight)
 
     def prefill(
         self,
@@ -99,6 +110,7 @@ class BridgedModel(nn.Module):
         """Logits after the last column (rows end there), and the cache and the sight to go on with."""
         slots, memory = self.see(pixel_values, features, asked)
         embeds = self.embed(input_ids, slots)
+        check_looks(self.bridge, memory, looks)
         rows = torch.arange(len(input_ids), device=input_ids.device)
         at = (rows, torch.full_like(rows, input_ids.shape[1] - 1))
         shared = self._constant_prefix(input_ids, segments, positions, at)
@@ -207,56 +219,3 @@ def fill_slots(
         return embeds
     rows, columns = is_image.nonzero(as_tuple=True)
     return embeds.index_put((rows, columns), rearrange(slots, "n k d -> (n k) d"))
-
-
-def attention_mask(
-    segments: Int[Tensor, "b t"], dtype: torch.dtype, skip: int = 0, rows: Int[Tensor, "b t"] | None = None
-) -> Tensor:
-    """Who sees whom, from the segments alone: 0 is shared by the row, 1, 2, … are its texts, -1 is padding.
-
-    A position sees itself, what is shared and what belongs to its own text, never ahead. With two texts:
-
-        segment   0 0 1 1 2 2 -
-                0 x . . . . . .
-                0 x x . . . . .
-                1 x x x . . . .
-                1 x x x x . . .
-                2 x x . . x . .
-                2 x x . . x x .
-                - x x . . . . x
-
-    Plain rows get the usual `b t` mask (1 = token, 0 = padding), others an additive `b 1 t t` one.
-    `skip` leaves out the queries of as many first columns (their keys and values are cached).
-    `rows` says of which row a position is, where several stand end to end: they do not see each other.
-    """
-    if rows is None and int(segments.max()) <= 1:
-        return (segments != PADDING).long()
-    sees = visible(segments, rows)
-    blocked = torch.zeros(sees.shape, dtype=dtype, device=segments.device)
-    blocked.masked_fill_(~sees, torch.finfo(dtype).min)
-    return rearrange(blocked, "b q k -> b 1 q k")[:, :, skip:]
-
-
-def visible(segments: Int[Tensor, "b t"], rows: Int[Tensor, "b t"] | None = None) -> Bool[Tensor, "b t t"]:
-    """The crosses of `attention_mask`."""
-    query, key = rearrange(segments, "b t -> b t 1"), rearrange(segments, "b t -> b 1 t")
-    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-    sees = ((key == query) | (key == SHARED)) & causal
-    return sees if rows is None else sees & (rearrange(rows, "b t -> b t 1") == rearrange(rows, "b t -> b 1 t"))
-
-
-def contiguous(segments: Int[Tensor, "b t"]) -> bool:
-    """Whether every row is one text, with padding on one side only: then columns are as far apart as positions."""
-    padding = segments == PADDING
-    return bool((segments <= SHARED).all() and ((padding[:, 1:] != padding[:, :-1]).sum(1) <= 1).all())
-
-
-def predecessors(segments: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
-    """The column whose logits predict each position: the one before it in its own text.
-
-    The first position of a text follows the last shared one:   segment  0 0 1 1 2 2   ->   0 0 1 2 1 4
-    """
-    columns = repeat(torch.arange(segments.shape[1], device=segments.device), "t -> b t", b=len(segments))
-    last_shared = torch.where(segments == SHARED, columns, 0).amax(1, keepdim=True)
-    starts = segments != segments.roll(1, dims=1)
-    return torch.where(starts & (segments > 1), last_shared, (columns - 1).clamp(min=0))

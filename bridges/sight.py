@@ -48,13 +48,7 @@ def sight(
 
         looks       0 1 1 2 2 -   sees  last  . 1 1 2 2   all  . 1 1 1 1
                                                                      2 2
-    Raises ValueError where the texts look at more pictures than there are, or at fewer.
     """
-    if int(looks.max()) != len(memory):
-        raise ValueError(
-            f"the texts look at {int(looks.max())} pictures, and there are {len(memory)}; "
-            "each picture needs one marker in the text, and each marker a picture"
-        )
     index = pictures_of(looks)
     blocks: Any = bridge.blocks
     kept = {name: place(block.keys_values(memory), index) for name, block in blocks.items()}
@@ -62,6 +56,15 @@ def sight(
     if getattr(bridge, "sees", "last") == "all":
         at = visible.float() @ at.float() > 0
     return Sight(bridge.blocks, kept, repeat(at, "b t c -> b 1 t (c m)", m=memory.shape[1]))
+
+
+def check_looks(bridge: Bridge, memory: Float[Tensor, "n m w"] | None, looks: Int[Tensor, "b t"] | None) -> None:
+    """ValueError where the texts look at more pictures than there are, or at fewer, and blocks have to know."""
+    if bridge.blocks and memory is not None and looks is not None and int(looks.max()) != len(memory):
+        raise ValueError(
+            f"the texts look at {int(looks.max())} pictures, and there are {len(memory)}; "
+            "each picture needs one marker in the text, and each marker a picture"
+        )
 
 
 def pictures_of(looks: Int[Tensor, "b t"]) -> Int[Tensor, "b c"]:

@@ -46,7 +46,16 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "flamingo": [
         {**LATENTS, **FUSED},
-        {**LATENTS, **FUSED, "every": 2, "offset": 1, "gate": "vector", "sees": "all", "tag": "learnt", "activation": "relu"},
+        {
+            **LATENTS,
+            **FUSED,
+            "every": 2,
+            "offset": 1,
+            "gate": "vector",
+            "sees": "all",
+            "tag": "learnt",
+            "activation": "relu",
+        },
         {**LATENTS, **FUSED, "gate": "none", "swiglu": True, "norm": "rms", "qk_norm": True, "inner": 24},
     ],
 }

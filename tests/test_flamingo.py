@@ -16,7 +16,8 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from bridges.data.template import IMAGE_TOKEN_ID
 from bridges.flamingo import Flamingo, GatedBlock
-from bridges.model import BridgedModel, visible
+from bridges.layout import visible
+from bridges.model import BridgedModel
 from bridges.resampler import Perceiver
 from bridges.sight import sight
 from bridges.towers.language import LanguageTower

@@ -28,7 +28,8 @@ from bridges.data.template import IMAGE_TOKEN_ID, Encoded, Template
 from bridges.flamingo import Flamingo, Gate
 from bridges.inference.decoding import decode
 from bridges.inference.session import Session
-from bridges.model import BridgedModel, visible
+from bridges.layout import visible
+from bridges.model import BridgedModel
 from bridges.objectives.language import language_loss, target_nll
 from bridges.sight import sight
 from bridges.towers.language import LanguageTower, decoder_layers

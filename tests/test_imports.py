@@ -9,7 +9,7 @@ import pytest
 from bridges.base import bridge_names
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"config", "files", "interrupt", "base"}  # import no other room
+LEAVES = {"config", "files", "interrupt", "base", "layout"}  # import no other room
 # Which rooms a room may import, beside `bridges` itself (its version).
 MAY: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
@@ -20,8 +20,8 @@ MAY: dict[str, set[str]] = {
     "sight": {"base"},
     "towers": {"sight"},
     "data": {"config"},
-    "model": {"base", "sight", "towers"},
-    "objectives": {"a bridge", "layers", "model", "data", "pairs", "towers"},
+    "model": {"base", "layout", "sight", "towers"},
+    "objectives": {"a bridge", "layers", "layout", "model", "data", "pairs", "towers"},
     "checkpoint": {"a bridge", "base", "config", "data", "files", "interop", "model", "pairs", "towers"},
     "training": {"checkpoint", "config", "data", "files", "interrupt", "model", "objectives"},
     "inference": {

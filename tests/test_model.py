@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import chatml_tokenizer, randomise, tiny_language
@@ -15,7 +16,8 @@ from bridges.checkpoint import Assembled
 from bridges.data.batch import Batch, Row, collate, pack, rows_of
 from bridges.data.conversation import Conversation, Example, Turn, ask
 from bridges.data.template import IMAGE_TOKEN_ID, Template
-from bridges.model import BridgedModel, attention_mask, fill_slots, predecessors
+from bridges.layout import attention_mask, in_lines, needed, predecessors, visible
+from bridges.model import BridgedModel, fill_slots
 from bridges.objectives.language import language_loss, target_nll
 from bridges.projector import Projector
 from bridges.towers.language import LanguageTower
@@ -92,6 +94,36 @@ def test_rows_end_to_end_are_learnt_as_rows_side_by_side_with_padding(
     in_line = learnt(model, rows)
     monkeypatch.setattr("bridges.model.LONGEST_LINE", 0)
     assert_same(in_line, learnt(model, rows))
+
+
+def test_only_what_a_wanted_position_sees_is_needed() -> None:
+    """Drawn in the docstring; and the same as the mask says, in random layouts."""
+    drawn = torch.tensor([[0, 0, 1, 1, 2, 2, -1]])
+    labelled = predecessors(drawn)[:, [3, 4, 5]]  # of the second token of text 1, and of both of text 2
+    found = needed(drawn, (torch.zeros(3, dtype=torch.long), labelled[0]))
+    assert found.tolist() == [[True, True, True, False, True, False, False]]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        texts = torch.randint(0, 4, (3, 12), generator=generator).sort(1).values
+        texts[0, 10:] = -1
+        wanted = torch.rand(3, 12, generator=generator) < 0.15
+        wanted[0, 10:] = False
+        expected = (visible(texts) & wanted[:, :, None]).any(1)
+        assert torch.equal(needed(texts, wanted.nonzero(as_tuple=True)), expected)
+
+
+def test_rows_in_lines_lose_nothing_and_cost_little() -> None:
+    lengths = [30, 41, 28, 60, 35, 50, 33, 29]
+    index = in_lines(lengths, 576)
+    starts = np.cumsum([0, *lengths])
+    assert sorted(index[index >= 0].tolist()) == list(range(sum(lengths)))
+    for start, length in zip(starts, lengths, strict=False):  # a row stays in one line, in order
+        line, place = (index == start).nonzero()[0].tolist()
+        assert index[line, place : place + length].tolist() == list(range(start, start + length))
+    assert 1 < len(index) < len(lengths)
+    assert index.numel() < 1.1 * sum(lengths)
+    assert len(in_lines([20, 18, 5], 10_000)) == 1, "a wide model hardly feels the attention"
+    assert in_lines([7], 32).tolist() == [list(range(7))]
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["packed", "plain"])

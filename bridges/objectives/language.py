@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bridges.data.batch import Batch
 from bridges.data.template import IGNORE_INDEX
-from bridges.model import BridgedModel, predecessors
+from bridges.layout import predecessors
+from bridges.model import BridgedModel
 
 Objective = Callable[[BridgedModel, Batch], tuple[Tensor, int]]
 

@@ -20,7 +20,8 @@ from bridges.data.conversation import Conversation, Example, Turn, ask
 from bridges.data.template import IGNORE_INDEX, IMAGE_TOKEN_ID, Template
 from bridges.inference.decoding import Choose, answers, greedy, until_end
 from bridges.inference.session import Session
-from bridges.model import BridgedModel, predecessors
+from bridges.layout import predecessors
+from bridges.model import BridgedModel
 from bridges.objectives.language import language_loss, target_nll
 from bridges.projector import Projector
 from bridges.towers.encoder_decoder import EncoderDecoderTower, language_tower, runs
