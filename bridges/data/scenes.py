@@ -14,7 +14,7 @@ from random import Random
 
 from PIL import Image, ImageOps
 
-from bridges.data.conversation import Example, ask
+from bridges.data.conversation import Conversation, Example, Turn, ask
 from bridges.data.scene_texts import Scene, Thing, captions, plural, questions, references
 
 __all__ = ["COLOURS", "NOUNS", "SPLITS", "Scene", "Scenes", "Thing", "named", "references", "render"]
@@ -136,9 +136,16 @@ def render(scene: Scene) -> Image.Image:
     return canvas
 
 
+def go_on(first: Conversation, then: Conversation) -> Conversation:
+    """A chat of several turns: what is asked after the first answer, with the picture still in view."""
+    question, *rest = then.turns
+    again = Turn(question.role, [part for part in question.content if isinstance(part, str)])
+    return Conversation([*first.turns, again, *rest], "chat")
+
+
 class Scenes:
     """A map-style data set of `size` pictures, each with `captions` captions and `questions` questions (on average,
-    if that is no whole number).
+    if that is no whole number). In `train` one question in four goes on from the first caption.
 
     `train` and `val` draw from the same scenes but share none; `val_pairs` shows two nouns that no other split shows
     together; `val_sprites` shows pictures that no other split shows.
@@ -188,6 +195,8 @@ class Scenes:
             kinds = kinds or rng.sample(list(asked), len(asked))
             kind = kinds.pop()
             conversations.append(ask(*asked[kind], picture, kind))
+        if self.split == "train" and self.captions and len(conversations) > self.captions and rng.random() < 0.25:
+            conversations[0] = go_on(conversations[0], conversations.pop())
         return Example(conversations, frozenset(scene.nouns))
 
     def _others(self, nouns: tuple[str, ...] | list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from bridges.data.conversation import images_of
+from bridges.data.conversation import Turn, images_of
 from bridges.data.scene_texts import Scene, Thing, _only, plural, questions
 from bridges.data.scenes import COLOURS, HELD_PAIRS, NOUNS, PICTURES, SPLITS, Scenes, _sprite, named, references, render
 
@@ -26,13 +26,19 @@ def graphs(split: str, size: int = 300, seed: int = 0) -> list[Scene]:
 
 
 def texts(split: str = "train", size: int = 400) -> list[tuple[Scene, str, str, str]]:
-    """(scene, kind, question, answer) of every conversation."""
+    """(scene, kind, question, answer) of every question; a chat begins with a caption."""
     scenes = Scenes(split, size, seed=3, captions=2, questions=5)
     return [
-        (scenes.scene(index), talk.kind, str(talk.turns[0].content[1]), str(talk.turns[1].content[0]))
+        (scenes.scene(index), "caption" if talk.kind == "chat" and at == 0 else talk.kind, *words(talk.turns[at:]))
         for index in range(size)
         for talk in scenes[index].conversations
+        for at in range(0, len(talk.turns), 2)
     ]
+
+
+def words(turns: list[Turn]) -> tuple[str, str]:
+    """The first question of some turns, and its answer."""
+    return str(turns[0].content[-1]), str(turns[1].content[0])
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +261,7 @@ def test_an_example_is_the_same_in_every_process_and_another_for_every_seed() ->
 
 
 def test_an_example_has_one_picture_for_all_its_conversations_and_the_nouns() -> None:
-    scenes = Scenes("train", 20, captions=2, questions=3)
+    scenes = Scenes("val", 20, captions=2, questions=3)
     for index, example in enumerate(scenes):  # ends by IndexError, as a sequence does
         kinds = [talk.kind for talk in example.conversations]
         assert kinds[:2] == ["caption", "caption"]
@@ -267,6 +273,19 @@ def test_an_example_has_one_picture_for_all_its_conversations_and_the_nouns() ->
         assert example.names == set(scenes.scene(index).nouns)
     assert index == len(scenes) - 1 == 19
     assert scenes.scene(-1) == scenes.scene(19)
+
+
+def test_a_question_in_four_goes_on_from_the_caption_in_training() -> None:
+    scenes = Scenes("train", 200, captions=1, questions=1)
+    chats = [talk for example in scenes for talk in example.conversations if talk.kind == "chat"]
+    assert 30 < len(chats) < 70
+    for talk in chats:
+        assert [turn.role for turn in talk.turns] == ["user", "assistant"] * 2
+        assert len(images_of(talk.turns)) == 1
+        assert len(talk.turns[2].content) == 1, "the question goes on without the picture"
+    assert all(len(example.conversations) == (2 - (example.conversations[0].kind == "chat")) for example in scenes)
+    alone = Scenes("train", 40, captions=1, questions=0)
+    assert all(example.conversations[0].kind == "caption" for example in alone)
 
 
 def test_no_kind_is_asked_twice_while_another_is_left() -> None:
