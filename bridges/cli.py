@@ -46,6 +46,7 @@ def generate(
     image: list[str] = [],
     temperature: float = 0.0,
     max_new_tokens: int = 128,
+    answers: int = 1,
 ) -> None:
     """Answer one prompt about any number of pictures.
 
@@ -55,10 +56,15 @@ def generate(
         image: a picture; give the option again for more
         temperature: 0 always takes the likeliest token
         max_new_tokens: longest answer
+        answers: how many, a line each: the likeliest by beam search, or with a temperature as many draws
     """
+    from chat.several import tell_several
     from chat.terminal import run
 
-    run(checkpoint, images=image, prompt=prompt, temperature=temperature, max_new_tokens=max_new_tokens)
+    if answers > 1:
+        tell_several(checkpoint, prompt, image, answers, temperature, max_new_tokens)
+    else:
+        run(checkpoint, images=image, prompt=prompt, temperature=temperature, max_new_tokens=max_new_tokens)
 
 
 def chat(

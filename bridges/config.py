@@ -89,6 +89,8 @@ class Train:
     """AdamW's, on matrices only."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's."""
+    gradient_checkpointing: bool = False
+    """Compute the language model's layers again in the backward pass: less memory, about a third more time."""
     clip: float = 1.0
     """Greatest norm of the gradient."""
     seed: int = 0

@@ -183,6 +183,8 @@ class BridgedModel(nn.Module):
         """How many first columns are the same text in every row, so that their keys and values are a constant."""
         if self.bridge.blocks or not self.language.shares(int(positions.max()) + 1):
             return 0  # blocks train, and work on all text
+        if self.language.gradient_checkpointing:
+            return 0  # what is computed again would be cached again
         same = (input_ids == input_ids[0]) & (input_ids != self.image_token_id) & (segments == SHARED)
         length = int(same.all(0).long().cumprod(0).sum())
         length = min([length, int(at[1].min())] if len(at[1]) else [length])

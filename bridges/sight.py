@@ -36,6 +36,14 @@ class Sight:
         """For some positions only."""
         return Sight(self.blocks, self.seen, self.mask[:, :, columns])
 
+    def times(self, count: int) -> "Sight":
+        """Of one row, for `count` rows that go on from it."""
+        seen = {
+            k: (keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1))
+            for k, (keys, values) in self.seen.items()
+        }
+        return Sight(self.blocks, seen, self.mask.expand(count, -1, -1, -1))
+
 
 def sight(
     bridge: Bridge, memory: Float[Tensor, "n m w"], looks: Int[Tensor, "b t"], visible: Bool[Tensor, "b t t"]

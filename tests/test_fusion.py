@@ -505,3 +505,26 @@ def test_an_encoder_decoder_is_refused(recipe: Any, tiny_t5: Path):
     language = replace(recipe.language, name=str(tiny_t5), template="t5")
     with pytest.raises(ValueError, match=r"^flamingo puts blocks .* has an encoder; choose a causal language model$"):
         build(replace(recipe, language=language, bridge={"name": "flamingo", **SMALL}))
+
+
+@ways_of_seeing
+def test_layers_computed_again_give_the_same_gradients_and_keep_less(
+    vision: VisionTower, tower: LanguageTower, conversations: list[list[Turn]], sees: str, tmp_path: Path
+):
+    """Gradient checkpointing, of the layers and of the blocks before them."""
+    again = LanguageTower(tower.name, dtype=torch.float32)
+    again.checkpoint_gradients()
+    found = []
+    for language in (tower, again):
+        model, template = fused(vision, language, sees=sees)
+        rows = [pack([template.encode(turns)]) for turns in conversations]
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.nbytes) or x, lambda x: x):
+            loss, _ = language_loss(model, batch_of(model, rows))
+        loss.backward()
+        found.append((loss.detach(), {n: p.grad for n, p in model.bridge.named_parameters()}, sum(kept)))
+    (loss, gradients, bytes_kept), (other, others, fewer) = found
+    torch.testing.assert_close(other, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, msg=name)
+    assert fewer < 0.7 * bytes_kept

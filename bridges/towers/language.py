@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedTokenizerBase
 
 from bridges.sight import Sight
@@ -57,9 +58,21 @@ class LanguageTower(nn.Module):
         self._rows: tuple[Tensor, Tensor] | None = None
         self.model.get_output_embeddings().register_forward_pre_hook(self._select_rows)
         self._sight: Sight | None = None
+        self.gradient_checkpointing = False
         self.layers = decoder_layers(self.model, self.num_layers)
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True)
+
+    def checkpoint_gradients(self) -> None:
+        """From now on the layers, and the blocks before them, are computed again in the backward pass.
+
+        Transformers' own switch needs layers in training mode, whose dropout would wake. ValueError for an encoder.
+        """
+        if self.has_encoder:
+            raise ValueError(f"train.gradient_checkpointing is for causal language models, {self.name} has an encoder")
+        self.gradient_checkpointing = True
+        for layer in self.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def train(self, mode: bool = True) -> "LanguageTower":  # noqa: ARG002
         """Frozen is frozen: dropout stays asleep."""
@@ -131,7 +144,11 @@ class LanguageTower(nn.Module):
         """Let the block that stands before a layer change what enters it. Families pass it by place or by name."""
         if self._sight is None:
             return None
-        changed = self._sight.before(index, args[0] if args else kwargs["hidden_states"])
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self.gradient_checkpointing:
+            changed: Any = checkpoint(self._sight.before, index, hidden, use_reentrant=False)
+        else:
+            changed = self._sight.before(index, hidden)
         if changed is None:
             return None
         return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})

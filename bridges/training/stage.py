@@ -43,6 +43,8 @@ def open_stage(recipe: Recipe) -> Stage:
 def language_stage(recipe: Recipe) -> Stage:
     """The language model says what the assistant says."""
     assembled = build(recipe)
+    if recipe.train.gradient_checkpointing:
+        assembled.model.language.checkpoint_gradients()
     return Stage(
         assembled,
         lambda examples: make_batch(assembled, examples),

@@ -155,6 +155,14 @@ def test_a_mixed_run_logs_every_source_and_goes_on_exactly(run: Recipe, tmp_path
         train(replace(part, also=[]), resume=True)
 
 
+def test_gradient_checkpointing_changes_no_loss(run: Recipe, tmp_path: Path) -> None:
+    told = []
+    for again in (False, True):
+        settings = replace(run.train, gradient_checkpointing=again)
+        told.append(losses(train(replace(run, train=settings, output=str(tmp_path / str(again))))))
+    assert told[1] == pytest.approx(told[0], abs=1e-5)
+
+
 def test_a_run_learns_and_leaves_a_checkpoint(run: Recipe) -> None:
     run.train.steps = 30
     folder = train(run)
