@@ -91,11 +91,9 @@ class Flamingo(Bridge):
     def watched(self) -> dict[str, dict[str, float]]:
         """How far open the gates are: the mean of |tanh|, 0 at the beginning."""
         blocks: Any = self.blocks
-        opened = {name: block.opened() for name, block in blocks.items()}
-        return {
-            f"{part} gates": {f"layer {layer}": gates[part] for layer, gates in opened.items() if part in gates}
-            for part in ("attention", "feed-forward")
-        }
+        opened = {f"layer {layer}": block.opened() for layer, block in blocks.items()}
+        parts = next(iter(opened.values()))
+        return {f"{part} gates": {layer: gates[part] for layer, gates in opened.items()} for part in parts}
 
     def forward(self, features: Float[Tensor, "n p v"]) -> Visual:
         memory = self.perceiver(features)

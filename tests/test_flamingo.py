@@ -415,3 +415,16 @@ def test_a_faster_gate_opens_as_many_times_as_far_in_a_step():
         moved.append((block(hidden, block.keys_values(memory), mask) - hidden).detach())
     assert moved[0].abs().max() > 1e-5
     torch.testing.assert_close(moved[1], 5 * moved[0], atol=1e-6, rtol=1e-2)
+
+
+def test_gates_are_watched_from_closed_to_open() -> None:
+    sizes: dict[str, Any] = dict(latents=M, depth=1, resampler_heads=2, resampler_head_dim=8, heads=2, head_dim=8)
+    bridge = Flamingo(V, P, D, 4, every=2, gate_speed=5.0, **sizes)
+    closed = {f"layer {layer}": 0.0 for layer in (0, 2)}
+    assert bridge.watched() == {"attention gates": closed, "feed-forward gates": closed}
+    block: Any = bridge.blocks["2"]
+    with torch.no_grad():
+        block.attention_gate.fill_(-0.1)
+    assert bridge.watched()["attention gates"] == pytest.approx({"layer 0": 0.0, "layer 2": math.tanh(0.5)})
+    assert bridge.watched()["feed-forward gates"] == closed
+    assert Flamingo(V, P, D, 4, gate="none", **sizes).watched() == {}

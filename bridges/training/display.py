@@ -97,9 +97,18 @@ class Display:
 
     def validation(self, step: int, figures: dict[str, dict[str, float]]) -> None:
         self._write({"step": step, "validation": figures})
+        self._tell(step, {f"held-out {name.replace('_', ' ')}": values for name, values in figures.items()})
+
+    def bridge(self, step: int, figures: dict[str, dict[str, float]]) -> None:
+        """What the bridge says of itself, if anything."""
+        if figures:
+            self._write({"step": step, "bridge": figures})
+            self._tell(step, figures)
+
+    def _tell(self, step: int, figures: dict[str, dict[str, float]]) -> None:
         for name, values in figures.items():
             told = "  ".join(f"{which} {value:.3f}" for which, value in values.items())
-            self.console.print(f"step {step}  held-out {name.replace('_', ' ')}:  {told}", highlight=False)
+            self.console.print(f"step {step}  {name}:  {told}", highlight=False)
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.file is None:
@@ -107,7 +116,9 @@ class Display:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if self.board:
-            nested = row.get("validation", {"train": {k: v for k, v in row.items() if k != "step"}})
+            nested = (
+                row.get("validation") or row.get("bridge") or {"train": {k: v for k, v in row.items() if k != "step"}}
+            )
             for group, values in nested.items():
                 for name, value in values.items():
                     self.board.add_scalar(f"{group}/{name}", value, row["step"])

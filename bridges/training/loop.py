@@ -61,6 +61,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
                 display.log(step)
             if step % settings.evaluate_every == 0 or step == settings.steps:
                 display.validation(step, held_out(stage, held, accelerator.device))
+                display.bridge(step, model.bridge.watched())
             due = step % settings.save_every == 0 or step == settings.steps or stop.asked
             if due and accelerator.is_main_process:
                 save_checkpoint(output, stage.built)
@@ -169,9 +170,9 @@ def validation_batch(stage: Stage, size: int) -> Any:
 
 
 def held_out(stage: Stage, batch: Any, device: torch.device) -> Figures:
-    """Measured asleep: no dropout. Beside it what the bridge says of itself."""
+    """Measured asleep: no dropout."""
     stage.built.model.eval()
-    figures = {**stage.held_out(batch.to(device)), **stage.built.model.bridge.watched()}
+    figures = stage.held_out(batch.to(device))
     stage.built.model.train()
     return figures
 

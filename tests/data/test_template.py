@@ -247,3 +247,17 @@ def test_a_text_that_holds_the_mark_of_a_picture_is_refused(chatml: Template):
     with pytest.raises(ValueError, match="marks a picture"):
         chatml.encode([Turn("user", [f"Look: {IMAGE_MARK}"])])
     chatml.encode([Turn("user", ["\uf8ff made by Apple"])])
+
+
+def test_where_a_bridge_fills_no_slots_the_words_of_a_tag_look_at_the_picture() -> None:
+    tokenizer = tokenizer_of("chatml", "bytes")
+    tag = tokenizer("<image>", add_special_tokens=False)["input_ids"]
+    one, other = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), "red")
+    turns = [Turn("user", [one, other, "Which?"]), Turn("assistant", ["None."])]
+    bare = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    text = Template(tokenizer, 0, bare).encode(turns)
+    assert text.ids[: 2 * len(tag)] == tag + tag
+    assert text.looks == [1] * len(tag) + [2] * (len(text.ids) - len(tag))
+    assert text.images == [one, other]
+    assert all(label == -100 for label in text.labels[: 2 * len(tag)])
+    assert tokenizer.decode(text.ids) == "<image><image>Which?None."
