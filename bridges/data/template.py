@@ -73,6 +73,7 @@ class Template:
         if source != "chat" and source not in TEMPLATES and "{" not in source:
             raise ValueError(f"no template {source!r}: choose chat, {known}")
         self.jinja = None if source == "chat" else TEMPLATES.get(source, source)
+        self.tag = [IMAGE_TOKEN_ID] * num_slots or tokenizer(IMAGE_TAG, add_special_tokens=False)["input_ids"]
         self.end = any_of(special_tokens(tokenizer))
         self.render([Turn("user", ["?"]), Turn("assistant", ["!"])])
 
@@ -140,11 +141,10 @@ class Template:
         labels: list[int] = []
         looks: list[int] = []
         start = 0
-        tag = [IMAGE_TOKEN_ID] * self.num_slots or self.tokenizer(IMAGE_TAG, add_special_tokens=False)["input_ids"]
         for index, piece in enumerate(text.split(IMAGE_MARK)):
             if index:
-                ids += tag
-                labels += [IGNORE_INDEX] * len(tag)
+                ids += self.tag
+                labels += [IGNORE_INDEX] * len(self.tag)
                 start += len(IMAGE_MARK)
             encoded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
             ids += encoded["input_ids"]

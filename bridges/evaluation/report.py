@@ -36,6 +36,10 @@ METRICS = {
         "how many phrases a caption shares with its references, rare phrases counting more; 0 to 10",
     ),
     "bleu4": ("BLEU-4 ↑", "how many of a caption's runs of one to four words occur in its references; 0 to 1"),
+    "right_picture": (
+        "Right picture ↑",
+        "how often a document goes on about the picture before the words, and not about another of its; 0 to 1",
+    ),
     "naming_f1": ("Naming F1 ↑", "whether captions name all objects in the picture and no others; 0 to 1"),
     "answer_accuracy": ("Answer accuracy ↑", "the share of questions whose answer is exactly right; 0 to 1"),
     "recall": (

@@ -1,7 +1,7 @@
 """What a model says about held-out pictures, with the right picture, another one and none; and the table of it all."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from bridges.checkpoint import Assembled
 from bridges.data.batch import collate, rows_of
 from bridges.data.conversation import Conversation, Example, Turn, images_of
 from bridges.data.template import IGNORE_INDEX
+from bridges.evaluation.documents import continued, pieces, right_picture
 from bridges.evaluation.metrics import accuracy, bleu, bleu_counts, cider_d, f1, interval, majority, naming
 from bridges.inference.decoding import answers
 from bridges.objectives.controls import CONTROLS, Control, controlled
@@ -34,6 +35,8 @@ class Said:
     """Summed over the targets of its captions (or of all it has, when there are none), and how many targets."""
     captions: dict[Control, str]
     answers: dict[Control, list[str]]
+    continued: dict[Control, list[str]] = field(default_factory=dict)
+    """With what a document goes on after each of its pictures but the first."""
 
     @property
     def references(self) -> list[str]:
@@ -84,6 +87,8 @@ def listen(assembled: Assembled, examples: Sequence[Example]) -> list[Said]:
         for one, turns in zip(said, asked, strict=True):
             if turns:
                 one.captions[control] = next(captioned)
+        for one, texts in zip(said, continued(assembled, examples, seen), strict=True):
+            one.continued[control] = texts
         prompts = [c.turns[:-1] for e in examples for c in questions_of(e)]
         answered = reply(assembled, prompts, seen, LONGEST_ANSWER)
         for one in said:
@@ -138,7 +143,7 @@ def tabulate(said: Sequence[Said], named: Callable[[str], frozenset[str]]) -> di
             names = [one.example.names for one in told]
             found = {c: naming([named(text) for text in texts], names) for c, texts in captions.items()}
             table["naming_f1"] = row(told, {c: lambda rows, c=c: f1(found[c][rows]) for c in captions})
-    return table | accuracies(said)
+    return table | accuracies(said) | right_pictures(said, named)
 
 
 def accuracies(said: Sequence[Said]) -> dict[str, Metric]:
@@ -166,6 +171,30 @@ def accuracies(said: Sequence[Said]) -> dict[str, Metric]:
         name = "answer_accuracy" if wanted is None else f"answer_accuracy/{wanted}"
         table[name] = row(asked, statistics, int(hits["image"][:, 1].sum()))
     return table
+
+
+def right_pictures(said: Sequence[Said], named: Callable[[str], frozenset[str]]) -> dict[str, Metric]:
+    """How often what a document says after a picture names that one's objects rather than another's of the document.
+
+    The majority is chance: one of the document's pictures.
+    """
+    told = [one for one in said if one.continued.get("image")]
+    if not told or not all(one.example.names for one in told):
+        return {}
+    hits: dict[str, list[tuple[float, int]]] = {c: [] for c in (*CONTROLS, "majority")}
+    for one in told:
+        shown = [named(text) for text in pieces(one.example)]
+        places = range(1, len(shown))
+        for control in CONTROLS:
+            right = [
+                right_picture(named(text), shown, place)
+                for text, place in zip(one.continued[control], places, strict=True)
+            ]
+            hits[control].append((sum(right), len(places)))
+        hits["majority"].append((len(places) / len(shown), len(places)))
+    sums = {c: np.array(per_document) for c, per_document in hits.items()}
+    statistics = {c: lambda rows, s=s: float(s[rows, 0].sum() / s[rows, 1].sum()) for c, s in sums.items()}
+    return {"right_picture": row(told, statistics, int(sums["image"][:, 1].sum()))}
 
 
 def ratio(said: Sequence[Said], control: Control) -> Statistic:

@@ -10,6 +10,7 @@ from transformers import Cache
 from bridges.checkpoint import Assembled
 from bridges.data.batch import collate, pack
 from bridges.data.conversation import Turn
+from bridges.data.template import Encoded
 from bridges.sight import Sight
 from bridges.towers.language import LanguageTower
 
@@ -83,9 +84,22 @@ def answers(
 
     Raises ValueError where a prompt and its answer do not fit the language model's context.
     """
-    model, template, _ = assembled
+    texts = [assembled.template.encode(turns, reply=True) for turns in prompts]
+    return [spoken(assembled.model.language, ids) for ids in go_on(assembled, texts, features, max_new_tokens, choose)]
+
+
+@torch.no_grad()
+def go_on(
+    assembled: Assembled,
+    texts: Sequence[Encoded],
+    features: Float[Tensor, "n p v"] | None = None,
+    max_new_tokens: int = 64,
+    choose: Choose = greedy,
+) -> list[list[int]]:
+    """The ids with which each text goes on, up to the longest answer of them. Otherwise as `answers`."""
+    model = assembled.model
     language = model.language
-    rows = [pack([template.encode(turns, reply=True)]) for turns in prompts]
+    rows = [pack([text]) for text in texts]
     longest = max(len(row.ids) for row in rows)
     room(language, longest, max_new_tokens)
     if features is None:
@@ -103,7 +117,7 @@ def answers(
         done |= torch.isin(tokens, ends)
         if done.all() or len(said) == max_new_tokens:
             break
-    return [spoken(language, row) for row in torch.stack(said, dim=1).tolist()]
+    return torch.stack(said, dim=1).tolist()
 
 
 def spoken(language: LanguageTower, ids: Sequence[int]) -> str:
