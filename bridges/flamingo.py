@@ -22,7 +22,7 @@ Norm = Literal["layer", "rms"]
 class Flamingo(Bridge):
     """`latents` vectors a picture, and a gated block before every `every`-th layer, from `offset` on.
 
-    resampler:  `latents`, `depth`, `resampler_heads` of `resampler_head_dim`, `multiple`, `activation`, `frames`
+    resampler:  `latents`, `depth` (0: none, the blocks read the features themselves), `resampler_heads` of `resampler_head_dim`, `multiple`, `activation`, `frames`
     blocks:     `every`, `offset` (0: before layers 0, every, …; OpenFlamingo: every - 1), `heads` of `head_dim`,
                 `inner` width of their feed-forward (by default 4 x the language model's), `swiglu`, `norm: rms` and
                 `qk_norm` as in IDEFICS
@@ -77,8 +77,12 @@ class Flamingo(Bridge):
         else:
             self.register_buffer("tag", torch.zeros(0, language_dim), persistent=False)
         self.num_slots = len(self.tag)
-        self.perceiver = Perceiver(
-            vision_dim, latents, depth, resampler_heads, resampler_head_dim, multiple, activation, qk_norm, frames
+        self.perceiver = (
+            Perceiver(
+                vision_dim, latents, depth, resampler_heads, resampler_head_dim, multiple, activation, qk_norm, frames
+            )
+            if depth
+            else nn.LayerNorm(vision_dim)
         )
         made: Callable[[], GatedBlock] = lambda: GatedBlock(  # noqa: E731
             language_dim, vision_dim, heads, head_dim, inner, activation, swiglu, norm, qk_norm, gate, gate_speed
