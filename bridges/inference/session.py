@@ -140,6 +140,15 @@ class Session:
         """Tokens that the language model reads of the conversation, if a reply is to follow."""
         return self._plan(self.dropped).size if self.turns else 0
 
+    def turns_read(self, dropped: int | None = None) -> list[Turn]:
+        """Without the first turns of the talk, `dropped` by default, but with their pictures."""
+        dropped, talk = self.dropped if dropped is None else dropped, self._talk()
+        if not 0 < dropped < len(talk):
+            return list(self.turns)
+        first, *others = talk[dropped:]
+        first = Turn(first.role, [*images_of(talk[:dropped]), *first.content])
+        return [*self.turns[: len(self.turns) - len(talk)], first, *others]
+
     def _fitting(self, wanted: int) -> Plan:
         """What to read, so that there is room for the answer; leaves out the oldest turns where there is none."""
         language = self.assembled.model.language
@@ -157,16 +166,11 @@ class Session:
 
     def _talk(self) -> list[Turn]:
         """All but what the system says first."""
-        return self.turns[self.turns[0].role == "system" :]
+        return self.turns[bool(self.turns) and self.turns[0].role == "system" :]
 
     def _plan(self, dropped: int) -> Plan:
-        """Without the first turns of the talk, but with their pictures."""
-        template, talk = self.assembled.template, self._talk()
-        turns = list(self.turns)
-        if dropped:
-            first, *others = talk[dropped:]
-            first = Turn(first.role, [*images_of(talk[:dropped]), *first.content])
-            turns = [*turns[: len(turns) - len(talk)], first, *others]
+        """Of a conversation with so many turns left out."""
+        template, turns = self.assembled.template, self.turns_read(dropped)
         keys = tuple(self.looker.keys(images_of(turns), template.asked(turns)))
         text, _ = template.render(turns, reply=True)
         mark, end = self._memory.latest(text, keys)
