@@ -14,7 +14,7 @@ from bridges import __version__
 from bridges.data.conversation import Role, Turn, images_of
 from bridges.data.pictures import no_file, open_picture
 from bridges.files import write
-from bridges.inference.settings import Settings
+from bridges.inference.settings import Settings, changed
 from chat.paths import exists, one_path
 from chat.show import WHO
 from chat.state import Chat, name_of, words_of
@@ -54,7 +54,9 @@ def load(chat: Chat, argument: str) -> str:
     try:
         turns = [Turn(role(turn["role"]), [unpacked(part) for part in turn["content"]]) for turn in kept["turns"]]
         waiting = [unpacked(part) for part in kept["waiting"]]
-        settings = Settings(**kept["settings"])
+        settings = Settings()
+        for name, value in kept["settings"].items():
+            settings = changed(settings, name, str(value))
         was = {str(kind): str(name) for kind, name in kept["towers"].items()}
     except (KeyError, TypeError, AttributeError, NoBase64) as error:
         raise ValueError(f"{path} is broken: {type(error).__name__} {error}") from error

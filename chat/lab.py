@@ -30,7 +30,7 @@ def look(chat: Chat, _: str) -> str:
         if same
         else "the answer changes with the pictures: they are used"
     )
-    return "\n".join([*(f"{what:<8}  {answer}" for what, answer in answers.items()), verdict])
+    return "\n".join([*(f"{what:<8}  {' '.join(answer.split())}" for what, answer in answers.items()), verdict])
 
 
 def compare(chat: Chat, argument: str) -> str:
