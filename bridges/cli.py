@@ -198,8 +198,23 @@ def inspect(recipe: str, overrides: list[str], samples: int = 3) -> None:
     inspect(read_recipe(recipe, overrides), samples)
 
 
+def benchmark(what: Literal["chat"], checkpoint: str, rounds: int = 5, image: list[str] = []) -> None:
+    """Measure on this machine, side by side: chat: the fourth turn of a conversation, with what was read kept, or not.
+
+    Args:
+        what: chat
+        checkpoint: folder that `bridges train` made
+        rounds: how often each way is timed
+        image: a picture of the conversation; give the option twice, or not at all
+    """
+    from bridges.benchmark.chat import chat
+
+    assert what == "chat"
+    chat(checkpoint, rounds, image)
+
+
 VERBS: dict[str, Callable[..., None]] = {
-    v.__name__: v for v in (demo, train, evaluate, generate, chat, retrieve, fewshot, inspect)
+    v.__name__: v for v in (demo, train, evaluate, generate, chat, retrieve, fewshot, inspect, benchmark)
 }
 
 

@@ -170,8 +170,9 @@ def test_a_conversation_is_saved_and_gone_on_with(chat: Chat, say: Say, folder: 
     assert obey(other, "/load talk.json") == "3 turns and 3 pictures from talk.json"
     assert other.settings == chat.settings
     assert "red.png" in (obey(other, "/images") or "")
+    assert obey(other, "/history") == say("/history")
     obey(other, "And?")
-    assert "".join(other.stream()) == say("And?")
+    assert "".join(other.stream()) == fresh(other)
     assert [png(picture) for picture in other.all_pictures()] == [png(picture) for picture in chat.all_pictures()]
 
 

@@ -164,13 +164,13 @@ def test_every_command_of_help_does_its_work_at_a_terminal(
         ("/help", "/exit"),
         (f'/image "{red}"', "red cat.png .*▀"),
         ("/images", "1  .*red cat.png .*goes with"),
-        ("Hello", "[!-~]"),
-        (f"And @{blue} too?", "[!-~]"),
+        ("Hello", "."),
+        (f"And @{blue} too?", "."),
         ("/images", "2  .*blue.png"),
         ("/drop 2", "no longer in the conversation: .*blue.png"),
         ("/system Be short.", "begins with that"),
         ("/set temperature 0.5", "temperature = 0.5"),
-        ("/retry", "[!-~]"),
+        ("/retry", "."),
         ("/set temperature=0", "temperature = 0.0"),
         ("/history", r"you: \[.*red cat.png\] Hello.*model: "),
         ("/tokens", "16  1 pictures of 16.*of 2048"),
@@ -178,16 +178,16 @@ def test_every_command_of_help_does_its_work_at_a_terminal(
         ("/look", "blank .*shuffled .*the answer"),
         (f"/compare {checkpoint}", "this one"),
         (f"/bridge {checkpoint}", "answers from now on"),
-        ("/edit And now?", "[!-~]"),
+        ("/edit And now?", "."),
         ("/edit", "change it"),
     ]
     later = [
-        (" Sure?", "[!-~]"),
+        (" Sure?", "."),
         ("/undo", "taken back: And now\\? Sure\\?"),
         ("/multiline", "a line with nothing but a dot"),
-        ("One", "…"),
-        ("two", "…"),
-        (".", "[!-~]"),
+        ("One", ""),
+        ("two", ""),
+        (".", "."),
         (f"/save {tmp_path}/talk.json", "saved: 5 turns and 1 pictures"),
         (f"/export {tmp_path}/talk.md", "written"),
         ("/clear", "forgotten"),
@@ -197,8 +197,9 @@ def test_every_command_of_help_does_its_work_at_a_terminal(
     for line, pattern in [*steps, *later]:
         terminal.send(f"{line}\r")
         terminal.expect(re.escape("\x1b[?2004l"))  # the line was taken
-        terminal.expect(f"(?s){pattern}")
         terminal.expect(PROMPT)
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.before).strip()
+        assert re.search(pattern, shown, re.DOTALL), (line, shown)
     terminal.send("/exit\r")
     terminal.expect(pexpect.EOF)
     terminal.close()
