@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Literal
 
@@ -58,36 +58,46 @@ def generate(
         max_new_tokens: longest answer
         answers: how many, a line each: the likeliest by beam search, or with a temperature as many draws
     """
+    from bridges.inference.settings import Settings
     from chat.several import tell_several
     from chat.terminal import run
 
+    settings = Settings(temperature=temperature, max_new_tokens=max_new_tokens)
     if answers > 1:
-        tell_several(checkpoint, prompt, image, answers, temperature, max_new_tokens)
+        tell_several(checkpoint, prompt, image, answers, settings)
     else:
-        run(checkpoint, images=image, prompt=prompt, temperature=temperature, max_new_tokens=max_new_tokens)
+        run(checkpoint, image, prompt, settings)
 
 
 def chat(
     checkpoint: str,
     image: list[str] = [],
+    prompt: str | None = None,
+    system: str | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     max_new_tokens: int = 256,
     seed: int = 0,
+    json: bool = False,
 ) -> None:
     """Talk about pictures. /help lists the commands; reads a pipe when there is no terminal.
 
     Args:
         checkpoint: folder that `bridges train` made
         image: a picture to begin with; give the option again for more
+        prompt: the first and only message: print its answer and end
+        system: what the conversation begins with
         temperature: 0 always takes the likeliest token
         top_p: draw from the likeliest tokens that together have this probability
         max_new_tokens: longest answer
         seed: of what is drawn
+        json: each answer as a line of JSON, with what it cost
     """
+    from bridges.inference.settings import Settings
     from chat.terminal import run
 
-    run(checkpoint, images=image, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
+    settings = Settings(temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens)
+    run(checkpoint, image, prompt, settings, system, json)
 
 
 def retrieve(
@@ -195,8 +205,23 @@ def inspect(recipe: str, overrides: list[str], samples: int = 3) -> None:
     inspect(read_recipe(recipe, overrides), samples)
 
 
+def benchmark(what: Literal["chat"], checkpoint: str, rounds: int = 5, image: list[str] = []) -> None:
+    """Measure on this machine, side by side: chat: the fourth turn of a conversation, with what was read kept, or not.
+
+    Args:
+        what: chat
+        checkpoint: folder that `bridges train` made
+        rounds: how often each way is timed
+        image: a picture of the conversation; give the option twice, or not at all
+    """
+    from bridges.benchmark.chat import chat
+
+    assert what == "chat"
+    chat(checkpoint, rounds, image)
+
+
 VERBS: dict[str, Callable[..., None]] = {
-    v.__name__: v for v in (demo, train, evaluate, generate, chat, retrieve, fewshot, inspect)
+    v.__name__: v for v in (demo, train, evaluate, generate, chat, retrieve, fewshot, inspect, benchmark)
 }
 
 
@@ -221,7 +246,8 @@ def parser() -> ArgumentParser:
         by_hand: set[str | int] = {*several, *switches, "overrides", "prompt"}
         one.add_function_arguments(verb, as_group=False, as_positional=True, skip=by_hand)
         if "prompt" in told:
-            one.add_argument("--prompt", required=True, help=told["prompt"])
+            needed = signature(verb).parameters["prompt"].default is Parameter.empty
+            one.add_argument("--prompt", required=needed, help=told["prompt"])
         verbs.add_subcommand(name, one, help=doc.short_description)
     return top
 

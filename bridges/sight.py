@@ -66,6 +66,23 @@ def sight(
     return Sight(bridge.blocks, kept, repeat(at, "b t c -> b 1 t (c m)", m=memory.shape[1]))
 
 
+def sight_of_one(
+    bridge: Bridge,
+    kept: Mapping[str, tuple[Float[Tensor, "n h m c"], Float[Tensor, "n h m c"]]],
+    looks: Int[Tensor, "1 t"],
+) -> Sight:
+    """Of a part of one text, from the keys and values of all pictures up to its end, which were made before.
+
+    `looks` counts the pictures of the whole text, as in `sight`.
+    """
+    keys, _ = next(iter(kept.values()))
+    index = torch.arange(len(keys) + 1, device=looks.device)[None]  # number 0 is a picture that nobody sees
+    last, number = rearrange(looks, "b t -> b t 1"), rearrange(index, "b c -> b 1 c")
+    at = (number <= last if getattr(bridge, "sees", "last") == "all" else number == last) & (number > 0)
+    seen = {name: place(pictures, index) for name, pictures in kept.items()}
+    return Sight(bridge.blocks, seen, repeat(at, "b t c -> b 1 t (c m)", m=keys.shape[2]))
+
+
 def check_looks(bridge: Bridge, memory: Float[Tensor, "n m w"] | None, looks: Int[Tensor, "b t"] | None) -> None:
     """ValueError where the texts look at more pictures than there are, or at fewer, and blocks have to know."""
     if bridge.blocks and memory is not None and looks is not None and int(looks.max()) != len(memory):

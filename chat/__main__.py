@@ -2,7 +2,9 @@
 
 import sys
 from argparse import ArgumentParser
+from dataclasses import fields
 
+from bridges.inference.settings import Settings
 from chat.terminal import run
 
 
@@ -13,12 +15,15 @@ def main() -> None:
         "--image", dest="images", nargs="+", action="extend", default=[], help="pictures of the first message"
     )
     parser.add_argument("--prompt", help="the first and only message: print its answer and end")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from tokens with this much of the probability")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--system", help="what the conversation begins with")
+    parser.add_argument("--json", action="store_true", help="each answer as a line of JSON, with what it cost")
+    for entry in fields(Settings):
+        kind = type(entry.default)
+        parser.add_argument(f"--{entry.name}", type=kind, default=entry.default, help="see /set and the README")
+    given = vars(parser.parse_args())
     try:
-        run(**vars(parser.parse_args()))
+        settings = Settings(**{entry.name: given[entry.name] for entry in fields(Settings)})
+        run(given["checkpoint"], given["images"], given["prompt"], settings, given["system"], given["json"])
     except ValueError as error:
         print(f"chat: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -39,7 +39,7 @@ MAY: dict[str, set[str]] = {
     },
     "evaluation": {"checkpoint", "config", "data", "files", "inference", "objectives"},
     "interop": set(),
-    "chat": {"checkpoint", "data", "inference", "interrupt"},
+    "chat": {"checkpoint", "data", "files", "inference", "interrupt"},
 }
 WHOLE_HOUSE = {"cli", "demo", "benchmark"}  # may import all, and only the command line imports them
 CLOSED = {"chat", "recipes", *WHOLE_HOUSE}

@@ -21,30 +21,6 @@ def greedy(logits: Float[Tensor, "b vocab"]) -> Int[Tensor, "b"]:
     return logits.argmax(-1)
 
 
-def sampler(temperature: float, top_p: float, seed: int) -> Choose:
-    """Draws from the smallest set of tokens that together have `top_p` of the probability; temperature 0 is greedy.
-
-    Raises ValueError for a temperature below 0, or a `top_p` that is no probability or 0.
-    """
-    if temperature < 0:
-        raise ValueError(
-            f"temperature {temperature} is below 0; 0 always takes the likeliest token, 1 draws as the model says"
-        )
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p} must be above 0 and at most 1, which keeps every token")
-    if temperature == 0:
-        return greedy
-    generator = torch.Generator().manual_seed(seed)
-
-    def choose(logits: Float[Tensor, "b vocab"]) -> Int[Tensor, "b"]:
-        ordered, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-        kept = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
-        drawn = torch.multinomial(kept.cpu(), 1, generator=generator).to(ids.device)
-        return ids.gather(-1, drawn)[:, 0]
-
-    return choose
-
-
 @torch.no_grad()
 def decode(
     language: LanguageTower,
@@ -144,3 +120,19 @@ def room(language: LanguageTower, used: int, wanted: int) -> None:
             f"a prompt of {used} tokens and an answer of {wanted} exceed the {language.context} positions that "
             f"{language.name} knows; shorten the prompt, use fewer images, or ask for fewer new tokens"
         )
+
+
+def held(words: str, stops: Sequence[str]) -> int:
+    """How many characters at the end may be the beginning of a text to stop at: they are shown only when they are not.
+
+    >>> held("one #", ["##"])
+    1
+    """
+    most = max((len(stop) for stop in stops), default=0)
+    starts = (n for n in range(min(most, len(words)), 0, -1) if any(stop.startswith(words[-n:]) for stop in stops))
+    return next(starts, 0)
+
+
+def cut(words: str, stops: Sequence[str]) -> str:
+    """What stands before the first of the texts to stop at."""
+    return words[: min((words.find(stop) for stop in stops if stop in words), default=len(words))]

@@ -1,136 +1,245 @@
 """A conversation that goes on: what was read is kept, so that a turn costs only what is new in it."""
 
-import re
 from collections.abc import Generator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from math import inf
+from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from bridges.checkpoint import Assembled
 from bridges.data.conversation import Turn, images_of
-from bridges.inference.decoding import Choose, decode, greedy, room, spoken
-from bridges.sight import Sight
+from bridges.inference.decoding import Choose, cut, decode, greedy, held, room, spoken, until_end
+from bridges.inference.looking import Key, Looker, Seen
+from bridges.inference.memory import Mark, Memory
+from bridges.sight import Sight, sight_of_one
+
+SLACK = 0.75
+"""Of the context is left filled when the oldest turns are dropped, so that the next turn need not drop again."""
+
+
+class Plan(NamedTuple):
+    """What has to be read before the reply, and after what."""
+
+    mark: Mark
+    ids: list[int]
+    looks: list[int]
+    """The number of the last picture before each id"""
+    text: str
+    turns: list[Turn]
+    keys: tuple[Key, ...]
+
+    @property
+    def size(self) -> int:
+        """Tokens of the whole prompt."""
+        return self.mark.read + len(self.ids)
+
+
+@dataclass
+class Spent:
+    """What a reply cost: tokens `read` and `kept` from before, `said`, pictures `encoded` by the tower and `reused`,
+    seconds to the `first` token and in all."""
+
+    read: int = 0
+    kept: int = 0
+    said: int = 0
+    encoded: int = 0
+    reused: int = 0
+    first: float = 0.0
+    seconds: float = 0.0
 
 
 class Session:
-    """`append` a turn, `stream` the reply, and again. Each image is encoded once, each token read once (once a turn
+    """`append` a turn, `stream` the reply, and again. Each picture is encoded once, each token read once (once a turn
     where the language model has an encoder).
 
-    `turns` is what was said so far. A reply that is broken off stays in the conversation as far as it came.
+    `turns` is what was said so far, and may be changed: the next reply keeps as much of what was read as is still
+    true. A reply that is broken off stays as far as it came. Where the context is full the oldest turns are no longer
+    read, `dropped` of them after the system's; their pictures are, in front of the next turn. `spent` is what the last
+    reply cost.
     """
 
-    def __init__(self, assembled: Assembled) -> None:
-        self.assembled = assembled
+    def __init__(self, assembled: Assembled, looker: Looker | None = None) -> None:
+        self.assembled, self.looker = assembled, looker or Looker(assembled)
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything but what the tower saw."""
         self.turns: list[Turn] = []
-        self._features = self._encode([])  # of every image so far, in reading order
-        self._reread()
+        self.dropped = 0
+        self.spent = Spent()
+        self._memory = Memory(self.assembled.model.language)
 
     def append(self, turn: Turn) -> None:
         """Add what the user (or the system) says."""
         self.turns.append(turn)
 
-    @torch.no_grad()
-    def stream(self, max_new_tokens: int = 256, choose: Choose = greedy) -> Generator[str, None, None]:
-        """The reply, a piece for each token, empty until a character is whole. At its end it becomes a turn of its own.
+    def undo(self) -> list[Turn]:
+        """Take back the last message and what was said to it. ValueError where there is none."""
+        asked = [place for place, turn in enumerate(self.turns) if turn.role == "user"]
+        if not asked:
+            raise ValueError("there is nothing to take back: nothing was said")
+        taken, self.turns[asked[-1] :] = self.turns[asked[-1] :], []
+        return taken
 
-        Raises ValueError where it does not fit the context; the conversation is then as before the last turn.
+    def fork(self) -> "Session":
+        """Another conversation that begins like this one; nothing is read twice, and neither changes the other."""
+        other = copy(self)
+        other.turns, other._memory = list(self.turns), self._memory.fork()
+        return other
+
+    def regenerate(
+        self, max_new_tokens: int = 256, choose: Choose = greedy, stops: Sequence[str] = ()
+    ) -> Generator[str, None, None]:
+        """`stream` another reply instead of the last one, which stays where not a word comes of it."""
+        if not self.turns or self.turns[-1].role != "assistant":
+            raise ValueError("there is no answer to give anew")
+        before = list(self.turns)
+        self.turns.pop()
+        try:
+            yield from self.stream(max_new_tokens, choose, stops)
+        finally:
+            if len(self.turns) < len(before):
+                self.turns[:] = before
+
+    @torch.no_grad()
+    def stream(
+        self, max_new_tokens: int = 256, choose: Choose = greedy, stops: Sequence[str] = ()
+    ) -> Generator[str, None, None]:
+        """The reply, a piece for each token, empty until a character is whole and is not the beginning of one of
+        `stops`, before which it ends. At its end it becomes a turn of its own.
+
+        Raises ValueError where the last turn alone does not fit the context; the conversation is then as before it.
         """
         assert self.turns, "append a turn before its reply"
-        asked = len(self.turns)
+        asked, began = len(self.turns), perf_counter()
+        encoded, hits = self.looker.features.encoded, self.looker.hits
         try:
-            ids, looks, text = self._new_ids()
-            room(self.assembled.model.language, self._read + len(ids), max_new_tokens)
-            yield from self._reply(ids, looks, text, max_new_tokens, choose)
+            plan = self._fitting(max_new_tokens)
+            self.spent = Spent(len(plan.ids), plan.mark.read)
+            logits, seen = self._read_new(plan)
+            self.spent.encoded = self.looker.features.encoded - encoded
+            self.spent.reused = self.looker.hits - hits
+            for piece in self._reply(plan, logits, seen, max_new_tokens, choose, stops):
+                self.spent.said += 1
+                self.spent.seconds = perf_counter() - began
+                self.spent.first = self.spent.first or self.spent.seconds
+                yield piece
         except BaseException as error:
             if len(self.turns) == asked:  # not a word was said
                 self.turns.pop()
-                self._features = self._features[: len(images_of(self.turns))]
             if not isinstance(error, (GeneratorExit, ValueError)):  # amid a step: nobody knows what the cache holds
-                self._reread()
+                self._memory.forget()
             raise
 
-    def _reply(
-        self, ids: Sequence[int], looks: Sequence[int], text: str, max_new_tokens: int, choose: Choose
-    ) -> Generator[str, None, None]:
-        """Read the new `ids`, speak, and write down what was said. `text` is all that is then read."""
+    def size(self) -> int:
+        """Tokens that the language model reads of the conversation, if a reply is to follow."""
+        return self._plan(self.dropped).size if self.turns else 0
+
+    def turns_read(self, dropped: int | None = None) -> list[Turn]:
+        """Without the first turns of the talk, `dropped` by default, but with their pictures."""
+        dropped, talk = self.dropped if dropped is None else dropped, self._talk()
+        if not 0 < dropped < len(talk):
+            return list(self.turns)
+        first, *others = talk[dropped:]
+        first = Turn(first.role, [*images_of(talk[:dropped]), *first.content])
+        return [*self.turns[: len(self.turns) - len(talk)], first, *others]
+
+    def _fitting(self, wanted: int) -> Plan:
+        """What to read, so that there is room for the answer; leaves out the oldest turns where there is none."""
         language = self.assembled.model.language
-        logits, sight = self._prefill(ids, looks)
-        mask = torch.ones(1, self._read, dtype=torch.long, device=language.device)
-        position = torch.tensor([self._read], device=language.device)
+        starts = [place for place, turn in enumerate(self._talk()) if turn.role == "user"]
+        self.dropped = self.dropped if self.dropped in starts else 0
+        context, plans = language.context, {self.dropped: self._plan(self.dropped)}
+        if context is not None and plans[self.dropped].size + wanted > context:
+            plans = {start: self._plan(start) for start in starts if start > self.dropped} or plans
+        limits = [share * (context or inf) for share in (SLACK, 1.0)]
+        fits = [start for limit in limits for start, plan in plans.items() if plan.size + wanted <= limit]
+        start = fits[0] if fits else max(plans)
+        room(language, plans[start].size, wanted)
+        self.dropped = start
+        return plans[start]
+
+    def _talk(self) -> list[Turn]:
+        """All but what the system says first."""
+        return self.turns[bool(self.turns) and self.turns[0].role == "system" :]
+
+    def _plan(self, dropped: int) -> Plan:
+        """Of a conversation with so many turns left out."""
+        template, turns = self.assembled.template, self.turns_read(dropped)
+        keys = tuple(self.looker.keys(images_of(turns), template.asked(turns)))
+        text, _ = template.render(turns, reply=True)
+        mark, end = self._memory.latest(text, keys)
+        ids, _, looks = template.tokenize(text[end:])
+        looks = [len(mark.keys) + look for look in [0] * len(mark.unread) + looks]
+        return Plan(mark, [*mark.unread, *ids], looks, text, turns, keys)
+
+    def _read_new(self, plan: Plan) -> tuple[Float[Tensor, "1 vocab"], Seen]:
+        """Roll back, read new ids and the pictures among them; logits after the last, and what is seen of all."""
+        model, mark, device = self.assembled.model, plan.mark, self.assembled.model.language.device
+        self._memory.roll_back(mark)
+        seen = self.looker(images_of(plan.turns), plan.keys)
+        if mark.logits is not None:
+            return mark.logits, seen
+        embeds = model.embed(torch.tensor([plan.ids], device=device), seen.slots[len(mark.keys) :])
+        positions = torch.arange(mark.read, plan.size, device=device)[None]
+        mask = torch.ones(1, plan.size, dtype=torch.long, device=device)
+        last = (torch.zeros(1, dtype=torch.long, device=device), torch.tensor([len(plan.ids) - 1], device=device))
+        logits = model.language(embeds, mask, positions, last, self._memory.cache, self._sight(seen, plan.looks))
+        self._memory.looks += plan.looks
+        self._memory.mark(Mark(plan.text, "", plan.size, (), plan.keys, logits))
+        return logits, seen
+
+    def _reply(
+        self,
+        plan: Plan,
+        logits: Float[Tensor, "1 vocab"],
+        seen: Seen,
+        longest: int,
+        choose: Choose,
+        stops: Sequence[str],
+    ) -> Generator[str, None, None]:
+        """Speak, and write down what was said."""
+        language = self.assembled.model.language
+        mask = torch.ones(1, plan.size, dtype=torch.long, device=language.device)
+        position = torch.tensor([plan.size], device=language.device)
+        sight = self._sight(seen, [len(plan.keys)])
         said: list[int] = []
         shown = ""
         try:
-            for token in decode(language, logits, mask, position, self._cache, choose, sight):
+            for token in decode(language, logits, mask, position, self._memory.cache, choose, sight):
                 said.append(int(token))
-                piece = spoken(language, said)[len(shown) :]
+                whole = spoken(language, said)
+                words = cut(whole, stops)
+                last = said[-1] in language.end_ids or len(said) == longest or words != whole
+                piece = words[len(shown) : None if last else len(words) - held(words, stops)]
                 shown += piece
                 yield piece
-                if said[-1] in language.end_ids or len(said) == max_new_tokens:
+                if last:
                     break
         finally:  # also when the listener stops listening
             if said:
-                self.turns.append(Turn("assistant", [shown]))
-                self._looks += [self._seen] * (len(said) - 1)
-                self._unread = [i for i in said[-1:] if i not in language.end_ids]  # the template prints the end itself
-                self._prompt, self._said = text, shown
-            if language.decode(said).endswith("\N{REPLACEMENT CHARACTER}"):  # half a character is in no turn,
-                self._reread()  # so it must not be in the cache
+                self._write_down(plan, said, shown)
 
-    def _reread(self) -> None:
-        """Empty the cache: the next reply begins with reading the whole conversation."""
-        self._cache = self.assembled.model.language.empty_cache()
-        self._looks: list[int] = []  # the last image before each token in the cache
-        self._seen = 0  # images among them
-        self._unread: list[int] = []  # said by the assistant, not yet in the cache
-        self._prompt = self._said = ""  # what the tokens in the cache and in `_unread` are the text of
+    def _write_down(self, plan: Plan, said: Sequence[int], shown: str) -> None:
+        """A turn, and a mark after as many of the ids as say just that: half a character is in no turn, for one."""
+        language = self.assembled.model.language
+        self.turns.append(Turn("assistant", [shown]))
+        self._memory.looks += [len(plan.keys)] * (len(said) - 1)
+        ids = until_end(said, language.end_ids)  # the template prints the end itself
+        for count in range(len(ids), -1, -1):
+            if language.decode(ids[:count]).lstrip(" ") == shown:
+                read = min(count, len(said) - 1)
+                self._memory.mark(Mark(plan.text, shown, plan.size + read, tuple(ids[read:count]), plan.keys))
+                break
 
-    @property
-    def _read(self) -> int:
-        """Tokens in the cache."""
-        return len(self._looks)
-
-    def _new_ids(self) -> tuple[list[int], list[int], str]:
-        """What has to be read before the reply, the last image before each token of it, and the whole conversation as
-        text, which begins with what was read."""
-        template = self.assembled.template
-        text, _ = template.render(self.turns, reply=True)
-        # A template may put a space before the words of a turn that the first of them took with it in the reply.
-        keeps = self._prompt and not self.assembled.model.language.has_encoder
-        known = re.match(f"{re.escape(self._prompt)} *{re.escape(self._said)}", text) if keeps else None
-        if known is None:  # nothing was read that can be kept, or the template rewrites the past
-            self._reread()
-        ids, _, looks = template.tokenize(text[known.end() if known else 0 :])
-        looks = [self._seen + look for look in [0] * len(self._unread) + looks]
-        return self._unread + ids, looks, text
-
-    def _prefill(self, ids: Sequence[int], looks: Sequence[int]) -> tuple[Float[Tensor, "1 vocab"], Sight | None]:
-        """Read new ids and the images among them into the cache; logits after the last, and what is seen from there."""
+    def _sight(self, seen: Seen, looks: Sequence[int]) -> Sight | None:
+        """What tokens see that look at these pictures."""
         model = self.assembled.model
-        device = model.language.device
-        images = images_of(self.turns)
-        self._features = torch.cat([self._features, self._encode(images[len(self._features) :])])
-        first = 0 if model.bridge.blocks else self._seen  # blocks look at old images too
-        slots, memory = model.see(
-            features=self._features[first:], asked=self.assembled.template.asked(self.turns)[first:]
-        )
-        embeds = model.embed(torch.tensor([ids], device=device), slots[self._seen - first :])
-        count = self._read + len(ids)
-        every = torch.tensor([[*self._looks, *looks]], device=device)
-        sight = model.sight(memory, every, torch.zeros_like(every))
-        positions = torch.arange(self._read, count, device=device)[None]
-        mask = torch.ones(1, count, dtype=torch.long, device=device)
-        last = (torch.zeros(1, dtype=torch.long, device=device), torch.tensor([len(ids) - 1], device=device))
-        new = sight.of(slice(self._read, None)) if sight else None
-        logits = model.language(embeds, mask, positions, last, self._cache, new)
-        self._looks, self._seen = every[0].tolist(), len(images)
-        return logits, sight.of(slice(-1, None)) if sight else None
-
-    def _encode(self, images: Sequence[Image.Image]) -> Float[Tensor, "n p v"]:
-        model = self.assembled.model
-        return model.vision(model.vision.preprocess(images).to(model.language.device))
+        if not model.bridge.blocks:
+            return None
+        return sight_of_one(model.bridge, seen.kept, torch.tensor([looks], device=model.language.device))

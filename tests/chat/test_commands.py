@@ -8,9 +8,11 @@ from PIL import Image
 from bridges.checkpoint import Assembled, build
 from bridges.config import recipe_from
 from bridges.data.conversation import Turn
-from bridges.inference.decoding import greedy
 from bridges.inference.session import Session
-from chat.commands import COMMANDS, Chat, obey, paths_in
+from bridges.inference.settings import Settings
+from chat.commands import COMMANDS, obey
+from chat.paths import paths_in
+from chat.state import Chat
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def model(tiny_clip: Path, tiny_llama: Path) -> Assembled:
 
 @pytest.fixture
 def chat(model: Assembled) -> Chat:
-    return Chat(Session(model), greedy, max_new_tokens=4)
+    return Chat(Session(model), Settings(max_new_tokens=4))
 
 
 @pytest.fixture
@@ -126,7 +128,7 @@ def test_a_line_of_paths_that_exist_is_pictures(chat: Chat, folder: Path, line: 
 )
 def test_anything_else_is_a_message(chat: Chat, folder: Path, line: str) -> None:
     assert obey(chat, line) is None
-    assert chat.pictures == []
+    assert chat.session.turns == [Turn("user", [line.strip()])]
 
 
 def test_clear_forgets_the_talk_and_the_waiting_pictures(chat: Chat, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The chat as a user has it: keys and screen, pipes, one question, Ctrl-C."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -29,9 +30,12 @@ from bridges.data.pictures import open_picture
 from bridges.data.template import IMAGE_MARK
 from bridges.inference.decoding import Choose, answers, greedy
 from bridges.inference.session import Session
+from bridges.inference.settings import Settings
 from chat import __main__
-from chat.commands import Chat
-from chat.terminal import Completions, answer, history, run, talk, typed
+from chat.commands import COMMANDS, obey
+from chat.keyboard import Completions, history, typed
+from chat.state import Chat
+from chat.terminal import answer, run, talk
 
 ROOT = Path(__file__).parents[2]
 PROMPT = re.escape("\x1b[?2004h")  # bracketed paste is switched on where a line may be typed
@@ -81,6 +85,17 @@ def shown(screen: Console) -> str:
     return screen.file.getvalue()
 
 
+class Says(Settings):
+    """Chooses as it is told to."""
+
+    def __init__(self, choose: Choose, max_new_tokens: int) -> None:
+        super().__init__(max_new_tokens=max_new_tokens)
+        object.__setattr__(self, "choose", choose)
+
+    def chooser(self, answer: int = 0) -> Choose:
+        return vars(self)["choose"]
+
+
 def said_by(checkpoint: Path, messages: list[list[str | Path]], max_new_tokens: int) -> list[str]:
     """The answers that a session gives; paths are pictures."""
     session = Session(load(checkpoint))
@@ -106,7 +121,7 @@ def test_a_talk_at_a_terminal(checkpoint: Path, picture_files: list[Path], envir
 
     see("projector between .* and .*, 16 slots an image\r\n", "/help")
     terminal.send("/he\t\r")
-    see(r"/image PATH…  attach", "/exit")
+    see(r"/image PATH… +attach", "/exit")
     terminal.send(f'/image "{picture_files[0]}"\r')
     see(re.escape("red cat.png (64 × 48, 16 slots)"))
     terminal.send("/imgae x\r")
@@ -134,6 +149,63 @@ def test_a_talk_at_a_terminal(checkpoint: Path, picture_files: list[Path], envir
     assert terminal.exitstatus == 0
     typed_lines = (Path(environment["XDG_STATE_HOME"]) / "mm-bridges" / "history").read_text()
     assert "+And now?" in typed_lines
+
+
+def test_every_command_of_help_does_its_work_at_a_terminal(
+    checkpoint: Path, picture_files: list[Path], environment: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = ["-m", "chat", str(checkpoint), "--max_new_tokens", "6"]
+    terminal = pexpect.spawn(
+        sys.executable, arguments, cwd=ROOT, env=environment, encoding="utf-8", timeout=120, dimensions=(40, 500)
+    )
+    terminal.expect(PROMPT)
+    red, blue = picture_files
+    steps = [
+        ("/help", "/exit"),
+        (f'/image "{red}"', "red cat.png .*▀"),
+        ("/images", "1  .*red cat.png .*goes with"),
+        ("Hello", "."),
+        (f"And @{blue} too?", "."),
+        ("/images", "2  .*blue.png"),
+        ("/drop 2", "no longer in the conversation: .*blue.png"),
+        ("/system Be short.", "begins with that"),
+        ("/set temperature 0.5", "temperature = 0.5"),
+        ("/retry", "."),
+        ("/set temperature=0", "temperature = 0.0"),
+        ("/history", r"you: \[.*red cat.png\] Hello.*model: "),
+        ("/tokens", "16  1 pictures of 16.*of 2048"),
+        ("/stats", "first token after"),
+        ("/look", "blank .*shuffled .*the answer"),
+        (f"/compare {checkpoint}", "this one"),
+        (f"/bridge {checkpoint}", "answers from now on"),
+        ("/edit And now?", "."),
+        ("/edit", "change it"),
+    ]
+    later = [
+        (" Sure?", "."),
+        ("/undo", "taken back: And now\\? Sure\\?"),
+        ("/multiline", "a line with nothing but a dot"),
+        ("One", ""),
+        ("two", ""),
+        (".", "."),
+        (f"/save {tmp_path}/talk.json", "saved: 5 turns and 1 pictures"),
+        (f"/export {tmp_path}/talk.md", "written"),
+        ("/clear", "forgotten"),
+        (f"/load {tmp_path}/talk.json", "5 turns and 1 pictures"),
+        ("/history", "One.*two"),
+    ]
+    for line, pattern in [*steps, *later]:
+        terminal.send(f"{line}\r")
+        terminal.expect(re.escape("\x1b[?2004l"))  # the line was taken
+        terminal.expect(PROMPT)
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.before).strip()
+        assert re.search(pattern, shown, re.DOTALL), (line, shown)
+    terminal.send("/exit\r")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
+    driven = {line.split()[0] for line, _ in [*steps, *later] if line.startswith("/")} | {"/exit"}
+    assert driven == set(COMMANDS)
 
 
 def test_a_pipe_of_three_turns_with_two_pictures_gives_three_answers_and_nothing_else(
@@ -177,17 +249,36 @@ def test_a_reader_that_has_had_enough_ends_the_chat_quietly(checkpoint: Path, en
 def test_one_prompt_gets_one_answer(
     checkpoint: Path, picture_files: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(str(checkpoint), [str(path) for path in picture_files], "Which?", max_new_tokens=12)
+    run(str(checkpoint), [str(path) for path in picture_files], "Which?", Settings(max_new_tokens=12))
     turn = Turn("user", [*map(open_picture, picture_files), "Which?"])
     captured = capsys.readouterr()
     assert captured.out == answers(load(checkpoint), [[turn]], max_new_tokens=12)[0] + "\n"
     assert captured.err == ""
 
 
+def test_for_scripts_an_answer_is_a_line_of_json(
+    checkpoint: Path, picture_files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(
+        str(checkpoint), [str(picture_files[0])], "Which?", Settings(max_new_tokens=5), system="Be short.", as_json=True
+    )
+    told = json.loads(capsys.readouterr().out)
+    turns = [Turn("system", ["Be short."]), Turn("user", [open_picture(picture_files[0]), "Which?"])]
+    assert told["answer"] == answers(load(checkpoint), [turns], max_new_tokens=5)[0]
+    assert (told["said"], told["encoded"], told["kept"]) == (5, 1, 0)
+
+
+def test_a_full_context_is_told(assembled: Assembled, screen: Console) -> None:
+    chat = Chat(Session(assembled), Settings(max_new_tokens=8))
+    talk(chat, ["Look at the red house. " * 6] * 8, screen)
+    assert "the context is full: the first" in shown(screen)
+    assert len(chat.session.turns) == 16
+
+
 def test_a_seed_draws_the_same_answer_again(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for seed in (1, 1, 2):
-        run(str(checkpoint), prompt="Hello", temperature=1.0, top_p=0.9, max_new_tokens=12, seed=seed)
+        run(str(checkpoint), prompt="Hello", settings=Settings(1.0, 0.9, max_new_tokens=12, seed=seed))
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != said[2]
 
@@ -242,8 +333,9 @@ def test_an_answer_is_seen_as_it_comes(checkpoint: Path, capsys: pytest.CaptureF
         seen.append(capsys.readouterr().out)
         return greedy(logits)
 
-    chat = Chat(Session(load(checkpoint)), look, 8)
-    answer(chat, "Hello")
+    chat = Chat(Session(load(checkpoint)), Says(look, 8))
+    chat.message("Hello")
+    answer(chat)
     seen.append(capsys.readouterr().out)
     assert seen[0] == ""
     assert all(seen[1:])
@@ -255,7 +347,7 @@ def test_ctrl_c_stops_the_answer_and_the_talk_goes_on(
     checkpoint: Path, screen: Console, times: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ids: list[int] = []
-    chat = Chat(Session(load(checkpoint)), ctrl_c(ids, times), 8)
+    chat = Chat(Session(load(checkpoint)), Says(ctrl_c(ids, times), 8))
     handler = signal.getsignal(signal.SIGINT)
     talk(chat, ["Hello", "Go on"], screen, goes_on=True)
     said = [turn.content[0] for turn in chat.session.turns if turn.role == "assistant"]
@@ -269,7 +361,7 @@ def test_ctrl_c_stops_the_answer_and_the_talk_goes_on(
 
 
 def test_ctrl_c_ends_a_pipe(checkpoint: Path, screen: Console) -> None:
-    chat = Chat(Session(load(checkpoint)), ctrl_c([]), 8)
+    chat = Chat(Session(load(checkpoint)), Says(ctrl_c([]), 8))
     with pytest.raises(KeyboardInterrupt):
         talk(chat, ["Hello", "Go on"], screen)
     assert len(chat.session.turns) == 2
@@ -278,7 +370,7 @@ def test_ctrl_c_ends_a_pipe(checkpoint: Path, screen: Console) -> None:
 def test_an_error_is_one_line_and_the_pictures_wait_for_the_next_message(
     assembled: Assembled, screen: Console, picture_files: list[Path]
 ) -> None:
-    chat = Chat(Session(assembled), greedy, 8)
+    chat = Chat(Session(assembled), Settings(max_new_tokens=8))
     blue = picture_files[1]
     talk(chat, [f"/image {blue}", "/image no.png", "word " * 600, f"private {IMAGE_MARK} mark", "Hello", "Bye"], screen)
     assert [len(turn.content) for turn in chat.session.turns] == [2, 1, 1, 1]
@@ -286,11 +378,11 @@ def test_an_error_is_one_line_and_the_pictures_wait_for_the_next_message(
     told = shown(screen).splitlines()
     assert [line.split()[0] for line in told] == ["goes", "no", "a", "the"]
     assert "exceed the 512 positions" in told[2]
-    assert all(line.endswith("it was not sent (/clear forgets what was said, and every picture)") for line in told[2:])
+    assert told[2].endswith("it was not sent (/clear forgets what was said, and every picture)")
 
 
 def test_exit_ends_the_talk_and_blank_lines_are_nothing(assembled: Assembled, screen: Console) -> None:
-    chat = Chat(Session(assembled), greedy, 2)
+    chat = Chat(Session(assembled), Settings(max_new_tokens=2))
     talk(chat, ["", "  \n", "/exit", "Hello"], screen)
     assert chat.session.turns == []
 
@@ -300,7 +392,9 @@ def test_what_a_model_says_does_not_steer_the_terminal(
 ) -> None:
     tokenizer = assembled.template.tokenizer
     said = iter([*tokenizer("a\x1b[2J\x07\tb\n\x9bcé👨‍👩‍👧")["input_ids"], tokenizer.eos_token_id])
-    answer(Chat(Session(assembled), lambda _: torch.tensor([next(said)]), 99), "Hello")
+    chat = Chat(Session(assembled), Says(lambda _: torch.tensor([next(said)]), 99))
+    obey(chat, "Hello")
+    answer(chat)
     assert capsys.readouterr().out == "a[2J\tb\ncé👨‍👩‍👧\n"
 
 
@@ -351,8 +445,12 @@ def test_tab_completes_commands_and_after_image_paths(tmp_path: Path, monkeypatc
     (tmp_path / "my pictures" / "one.png").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert completed("/i") == ["/image "]
-    assert completed("/") == ["/clear ", "/exit ", "/help ", "/image "]
+    assert completed("/i") == ["/image ", "/images "]
+    assert "/compare " in completed("/")
+    assert completed("/set te") == ["/set temperature "]
+    assert completed("What is in @red.") == ["What is in @red.png"]
+    assert completed("@my") == ["@my\\ pictures/"]
+    assert completed("/load re") == ["/load red.png", "/load red\\ cat.png"]
     assert completed("Hello /i") == []
     assert completed("re") == []
     assert completed("/help re") == []

@@ -16,7 +16,8 @@ from bridges.checkpoint import Assembled
 from bridges.config import Recipe
 from bridges.data.conversation import Turn, images_of
 from bridges.data.template import IMAGE_TOKEN_ID, Template
-from bridges.inference.decoding import Choose, answers, greedy, room, sampler, until_end
+from bridges.inference.decoding import Choose, answers, greedy, room, until_end
+from bridges.inference.sampling import sampler
 from bridges.inference.session import Session
 from bridges.model import BridgedModel
 from bridges.projector import Projector

@@ -145,7 +145,7 @@ def test_each_image_is_encoded_once(assembled: Assembled, questions: list[Turn])
     session = Session(assembled)
     images = counted(assembled.model.vision, lambda args: len(args[0]))
     talk(session, questions)
-    assert images == [1, 0, 2, 0]
+    assert [count for count in images if count] == [1, 2]
 
 
 def test_a_reply_that_is_broken_off_stays_and_the_talk_goes_on(assembled: Assembled, questions: list[Turn]) -> None:

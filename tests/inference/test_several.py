@@ -12,7 +12,8 @@ from PIL import Image
 from bridges.checkpoint import Assembled, build
 from bridges.data.batch import collate, pack
 from bridges.data.conversation import Turn
-from bridges.inference.decoding import answers, sampler
+from bridges.inference.decoding import answers
+from bridges.inference.sampling import sampler
 from bridges.inference.several import beam_search, several
 from bridges.objectives.language import target_nll
 

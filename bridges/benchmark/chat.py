@@ -1,0 +1,94 @@
+"""How much sooner the fourth turn of a conversation with two pictures is answered than with nothing kept."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from bridges.checkpoint import load
+from bridges.data.conversation import Turn
+from bridges.data.pictures import open_picture
+from bridges.inference.session import Session
+
+QUESTIONS = ["What is in the picture?", "And in this one?", "What colour is it?", "What is left of it?"]
+
+
+def chat(
+    checkpoint: str, rounds: int = 5, image: Sequence[str] = (), console: Console | None = None
+) -> dict[str, float]:
+    """Print, and return, the median seconds to the first token of turn 4, and how often the tower encoded a picture.
+
+    `kept` goes on after three turns, `afresh` encodes both pictures and reads everything; they take turns, after one
+    round each that does not count. Pictures are in turns 1 and 2.
+    Raises ValueError for fewer than 3 rounds, not two pictures, or answers that are not the same.
+    """
+    if rounds < 3:
+        raise ValueError(f"{rounds} rounds say little; take at least 3")
+    if len(image) not in (0, 2):
+        raise ValueError(f"the conversation has two pictures, not {len(image)}")
+    pictures = [open_picture(Path(path)) for path in image] or [noise(seed) for seed in (0, 1)]
+    assembled = load(checkpoint)
+    assembled.model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    session = Session(assembled)
+    for question, shown in zip(QUESTIONS[:3], [pictures[:1], pictures[1:], []], strict=True):
+        session.append(Turn("user", [*shown, question]))
+        list(session.stream(24))
+    encoded = session.looker.features.encoded
+    last = Turn("user", [QUESTIONS[3]])
+
+    def afresh() -> Session:
+        other = Session(assembled)
+        other.turns = list(session.turns)
+        return other
+
+    ways: dict[str, Callable[[], Session]] = {"kept": session.fork, "afresh": afresh}
+    said = {way: answer(begin(), last) for way, begin in ways.items()}
+    if said["kept"] != said["afresh"]:
+        raise ValueError(f"the answers differ: kept {said['kept']!r}, afresh {said['afresh']!r}")
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, begin in ways.items():
+            seconds[way].append(first_token(begin(), last))
+    again = session.looker.features.encoded - encoded
+    told = console or Console()
+    told.print(table(seconds, {"kept": again, "afresh": encoded}))
+    ratio = median(seconds["afresh"]) / median(seconds["kept"])
+    told.print(
+        f"turn 4 begins {ratio:.1f} times sooner; in the whole conversation {encoded + again} encodings of 2 pictures"
+    )
+    return {"kept": median(seconds["kept"]), "afresh": median(seconds["afresh"]), "encoded": encoded + again}
+
+
+def first_token(session: Session, turn: Turn) -> float:
+    """Seconds until it is there, all that stands before it included."""
+    session.append(turn)
+    began = perf_counter()
+    pieces = session.stream(24)
+    next(pieces)
+    seconds = perf_counter() - began
+    pieces.close()
+    return seconds
+
+
+def answer(session: Session, turn: Turn) -> str:
+    session.append(turn)
+    return "".join(session.stream(24))
+
+
+def table(seconds: dict[str, list[float]], encodings: dict[str, int]) -> Table:
+    shown = Table("turn 4", "median s", "least", "most", "pictures encoded for it")
+    for way, times in seconds.items():
+        figures = (f"{value:.4f}" for value in (median(times), min(times), max(times)))
+        shown.add_row(way, *figures, str(encodings[way]))
+    return shown
+
+
+def noise(seed: int) -> Image.Image:
+    """A picture of grey levels, the same on every machine."""
+    values = torch.randint(0, 256, (224, 224, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(values.numpy())

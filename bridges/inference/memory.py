@@ -1,0 +1,91 @@
+"""What the language model has read, and points to which that can be rolled back."""
+
+import re
+from copy import copy, deepcopy
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from bridges.inference.looking import Key
+from bridges.towers.language import LanguageTower
+
+
+class Mark(NamedTuple):
+    """A point to which the cache can be rolled back: what was read and said up to there."""
+
+    prompt: str = ""
+    said: str = ""
+    """What the assistant said after the prompt"""
+    read: int = 0
+    """Tokens in the cache"""
+    unread: tuple[int, ...] = ()
+    """Said, and not in the cache yet"""
+    keys: tuple[Key, ...] = ()
+    """Of the pictures so far"""
+    logits: Tensor | None = None
+    """After a prompt without an answer: what follows it"""
+
+
+class Memory:
+    """The cache, for each token in it the number of the last picture before (`looks`), and the marks."""
+
+    def __init__(self, language: LanguageTower) -> None:
+        self.language = language
+        self.forget()
+
+    def forget(self) -> None:
+        """The next reply begins with reading the whole conversation."""
+        self.cache: Any = self.language.empty_cache()
+        self.looks: list[int] = []
+        self._marks: list[Mark] = []
+
+    def mark(self, mark: Mark) -> None:
+        """Where an encoder reads everything at once there are no marks."""
+        if not self.language.has_encoder:
+            self._marks.append(mark)
+
+    def latest(self, text: str, keys: tuple[Key, ...]) -> tuple[Mark, int]:
+        """The latest point up to which the text and its pictures were read, and where in the text that is."""
+        for mark in reversed(self._marks):
+            if mark.keys != keys[: len(mark.keys)] or not (mark.read == len(self.looks) or self._can_roll_back()):
+                continue
+            if mark.logits is not None:
+                if text == mark.prompt and keys == mark.keys:
+                    return mark, len(text)
+                continue
+            # A template may put a space before the words of a turn that the first of them took with it in the reply.
+            known = re.match(f"{re.escape(mark.prompt)} *{re.escape(mark.said)}", text)
+            if known:
+                return mark, known.end()
+        return Mark(), 0  # nothing was read that can be kept, or the template rewrites the past
+
+    def roll_back(self, mark: Mark) -> None:
+        """Forget what was read after a mark."""
+        if not mark.read:
+            self.forget()
+        elif mark.read < len(self.looks):
+            self.cache.crop(mark.read - len(self.looks))
+            del self.looks[mark.read :]
+        self._marks = [one for one in self._marks if one.read <= mark.read]
+
+    def fork(self) -> "Memory":
+        """Another one that goes on by itself."""
+        other = copy(self)
+        other.cache, other.looks, other._marks = forked(self.cache), list(self.looks), list(self._marks)
+        return other
+
+    def _can_roll_back(self) -> bool:
+        """A layer with a window has forgotten what is out of its sight, from the first token beyond it on."""
+        window = self.language.window
+        return self.cache.is_croppable and (window is None or len(self.looks) < window)
+
+
+def forked(cache: Cache) -> Cache:
+    """Layers that grow by joining share their tensors until then."""
+    if not all(isinstance(layer, DynamicLayer) for layer in getattr(cache, "layers", [None])):
+        return deepcopy(cache)
+    other: Any = copy(cache)
+    other.layers = [copy(layer) for layer in other.layers]
+    return other
