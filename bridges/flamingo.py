@@ -22,7 +22,8 @@ Norm = Literal["layer", "rms"]
 class Flamingo(Bridge):
     """`latents` vectors a picture, and a gated block before every `every`-th layer, from `offset` on.
 
-    resampler:  `latents`, `depth` (0: none, the blocks read the features themselves), `resampler_heads` of `resampler_head_dim`, `multiple`, `activation`, `frames`
+    resampler:  `latents`, `depth` (0: none, the blocks read the features themselves), `resampler_heads` of
+                `resampler_head_dim`, `multiple`, `activation`, `frames`
     blocks:     `every`, `offset` (0: before layers 0, every, …; OpenFlamingo: every - 1), `heads` of `head_dim`,
                 `inner` width of their feed-forward (by default 4 x the language model's), `swiglu`, `norm: rms` and
                 `qk_norm` as in IDEFICS
