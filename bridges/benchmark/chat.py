@@ -17,7 +17,14 @@ from bridges.data.pictures import open_picture
 from bridges.inference.decoding import Choose, until_end
 from bridges.inference.session import Session
 
-REPLIES = ["A red cat sits on a chair.", "Here it is a small blue house, and a tree beside it.", "It is blue."]
+REPLIES = [
+    "A red cat sits on a wooden chair beside a window. Behind it stands a small table with a cup, a book and a green "
+    "plant, and the light comes from the left.",
+    "This one shows a blue house with a white door under a grey sky. A tall tree stands to the right of it, and a dog "
+    "lies on the grass in front, looking at the road.",
+    "The house is blue and its door is white; the roof is of a darker blue, and the dog in front of it is brown with "
+    "one white ear.",
+]
 QUESTIONS = ["What is in the picture?", "And in this one?", "What colour is it?", "What is left of it?"]
 
 
@@ -40,7 +47,7 @@ def chat(
     session = Session(assembled)
     for question, shown, reply in zip(QUESTIONS, [pictures[:1], pictures[1:], []], REPLIES, strict=False):
         session.append(Turn("user", [*shown, question]))
-        list(session.stream(64, saying(session, reply)))
+        list(session.stream(96, saying(session, reply)))
     encoded = session.looker.features.encoded
     last = Turn("user", [QUESTIONS[3]])
 
@@ -54,12 +61,15 @@ def chat(
     if said["kept"] != said["afresh"]:
         raise ValueError(f"the answers differ: kept {said['kept']!r}, afresh {said['afresh']!r}")
     seconds: dict[str, list[float]] = {way: [] for way in ways}
+    read = {}
     for _ in range(rounds):
         for way, begin in ways.items():
-            seconds[way].append(first_token(begin(), last))
+            asked = begin()
+            seconds[way].append(first_token(asked, last))
+            read[way] = asked.spent.read
     again = session.looker.features.encoded - encoded
     told = console or Console()
-    told.print(table(seconds, {"kept": again, "afresh": encoded}))
+    told.print(table(seconds, read, {"kept": again, "afresh": encoded}))
     ratio = median(seconds["afresh"]) / median(seconds["kept"])
     told.print(
         f"turn 4 begins {ratio:.1f} times sooner; in the whole conversation {encoded + again} encodings of 2 pictures"
@@ -93,11 +103,11 @@ def answer(session: Session, turn: Turn) -> str:
     return "".join(session.stream(24))
 
 
-def table(seconds: dict[str, list[float]], encodings: dict[str, int]) -> Table:
-    shown = Table("turn 4", "median s", "least", "most", "pictures encoded for it")
+def table(seconds: dict[str, list[float]], read: dict[str, int], encodings: dict[str, int]) -> Table:
+    shown = Table("turn 4", "median s", "least", "most", "tokens read", "pictures encoded")
     for way, times in seconds.items():
         figures = (f"{value:.4f}" for value in (median(times), min(times), max(times)))
-        shown.add_row(way, *figures, str(encodings[way]))
+        shown.add_row(way, *figures, str(read[way]), str(encodings[way]))
     return shown
 
 
