@@ -1,5 +1,6 @@
 """Is the picture used? Is another bridge better? Tried on the conversation at hand, which stays as it is."""
 
+from collections.abc import Callable
 from random import Random
 from textwrap import wrap
 from typing import TYPE_CHECKING
@@ -76,8 +77,7 @@ def likeliest(chat: Chat, session: "Session", turns: list[Turn]) -> str:
     return "".join(session.stream(chat.settings.max_new_tokens, stops=chat.settings.stops))
 
 
-def changed(turns: list[Turn], change: object) -> list[Turn]:
-    assert callable(change)
+def changed(turns: list[Turn], change: Callable[[Image.Image], Image.Image]) -> list[Turn]:
     return [Turn(t.role, [part if isinstance(part, str) else change(part) for part in t.content]) for t in turns]
 
 

@@ -1,6 +1,7 @@
 """How much sooner the fourth turn of a conversation with two pictures is answered than with nothing kept."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain, repeat
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -13,8 +14,17 @@ from rich.table import Table
 from bridges.checkpoint import load
 from bridges.data.conversation import Turn
 from bridges.data.pictures import open_picture
+from bridges.inference.decoding import Choose, until_end
 from bridges.inference.session import Session
 
+REPLIES = [
+    "A red cat sits on a wooden chair beside a window. Behind it stands a small table with a cup, a book and a green "
+    "plant, and the light comes from the left.",
+    "This one shows a blue house with a white door under a grey sky. A tall tree stands to the right of it, and a dog "
+    "lies on the grass in front, looking at the road.",
+    "The house is blue and its door is white; the roof is of a darker blue, and the dog in front of it is brown with "
+    "one white ear.",
+]
 QUESTIONS = ["What is in the picture?", "And in this one?", "What colour is it?", "What is left of it?"]
 
 
@@ -24,7 +34,7 @@ def chat(
     """Print, and return, the median seconds to the first token of turn 4, and how often the tower encoded a picture.
 
     `kept` goes on after three turns, `afresh` encodes both pictures and reads everything; they take turns, after one
-    round each that does not count. Pictures are in turns 1 and 2.
+    round each that does not count. Pictures are in turns 1 and 2; the first three replies are the same for every model.
     Raises ValueError for fewer than 3 rounds, not two pictures, or answers that are not the same.
     """
     if rounds < 3:
@@ -35,9 +45,9 @@ def chat(
     assembled = load(checkpoint)
     assembled.model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     session = Session(assembled)
-    for question, shown in zip(QUESTIONS[:3], [pictures[:1], pictures[1:], []], strict=True):
+    for question, shown, reply in zip(QUESTIONS, [pictures[:1], pictures[1:], []], REPLIES, strict=False):
         session.append(Turn("user", [*shown, question]))
-        list(session.stream(24))
+        list(session.stream(96, saying(session, reply)))
     encoded = session.looker.features.encoded
     last = Turn("user", [QUESTIONS[3]])
 
@@ -51,17 +61,30 @@ def chat(
     if said["kept"] != said["afresh"]:
         raise ValueError(f"the answers differ: kept {said['kept']!r}, afresh {said['afresh']!r}")
     seconds: dict[str, list[float]] = {way: [] for way in ways}
+    read = {}
     for _ in range(rounds):
         for way, begin in ways.items():
-            seconds[way].append(first_token(begin(), last))
+            asked = begin()
+            seconds[way].append(first_token(asked, last))
+            read[way] = asked.spent.read
     again = session.looker.features.encoded - encoded
     told = console or Console()
-    told.print(table(seconds, {"kept": again, "afresh": encoded}))
+    told.print(table(seconds, read, {"kept": again, "afresh": encoded}))
     ratio = median(seconds["afresh"]) / median(seconds["kept"])
     told.print(
         f"turn 4 begins {ratio:.1f} times sooner; in the whole conversation {encoded + again} encodings of 2 pictures"
     )
     return {"kept": median(seconds["kept"]), "afresh": median(seconds["afresh"]), "encoded": encoded + again}
+
+
+def saying(session: Session, reply: str) -> Choose:
+    """Says this, with the tokens that the template has for it, and its end."""
+    template, ends = session.assembled.template, session.assembled.model.language.end_ids
+    before, _ = template.render(session.turns, reply=True)
+    after, _ = template.render([*session.turns, Turn("assistant", [reply])])
+    ids, _, _ = template.tokenize(after[len(before) :])
+    following = chain(until_end(ids, ends), repeat(next(iter(ends))))
+    return lambda logits: torch.full((len(logits),), next(following), device=logits.device)
 
 
 def first_token(session: Session, turn: Turn) -> float:
@@ -80,11 +103,11 @@ def answer(session: Session, turn: Turn) -> str:
     return "".join(session.stream(24))
 
 
-def table(seconds: dict[str, list[float]], encodings: dict[str, int]) -> Table:
-    shown = Table("turn 4", "median s", "least", "most", "pictures encoded for it")
+def table(seconds: dict[str, list[float]], read: dict[str, int], encodings: dict[str, int]) -> Table:
+    shown = Table("turn 4", "median s", "least", "most", "tokens read", "pictures encoded")
     for way, times in seconds.items():
         figures = (f"{value:.4f}" for value in (median(times), min(times), max(times)))
-        shown.add_row(way, *figures, str(encodings[way]))
+        shown.add_row(way, *figures, str(read[way]), str(encodings[way]))
     return shown
 
 
