@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ class Zero(Engine):
     ) -> None:
         import deepspeed
 
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # compiles for minutes; processes on a CPU have gloo
+        )
         self.accelerator, self.bare = accelerator, bare
         self.stage: int = settings["zero_optimization"]["stage"]
         if self.stage == 3:
@@ -46,7 +50,6 @@ class Zero(Engine):
         self.model.backward(loss)
 
     def update(self, clip: float) -> float:  # noqa: ARG002
-        """The norm is known only after the step: where it is not finite the weights are lost, and not saved."""
         self.model.step()
         return float(self.model.get_global_grad_norm())
 
@@ -58,40 +61,52 @@ class Zero(Engine):
         return deepspeed.zero.GatheredParameters(list({*self.bare.bridge.parameters(), *self.trained().values()}))
 
     def moments(self, step: int) -> Moments:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        return {
-            name: {
-                "step": torch.tensor(float(step)),
-                **{key: safe_get_full_optimizer_state(p, key).cpu() for key in KEPT},
-            }
-            for name, p in self.trained().items()
-        }
+        steps = torch.tensor(float(step))
+        names = self.trained().items()
+        return {name: {"step": steps, **{key: self._joined(p, key).cpu() for key in KEPT}} for name, p in names}
 
     def set_moments(self, found: Moments) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
         step = next(iter(found.values()))["step"]
-        zero = self.optimizer
-        flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-        for part in flat:  # DeepSpeed makes them at the first step only
-            zero.optimizer.state[part] = {"step": step.clone(), **{key: torch.zeros_like(part) for key in KEPT}}
-        if self.stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+        for flat in self._flat():  # DeepSpeed makes them at the first step only
+            kept = {key: torch.zeros_like(flat) for key in KEPT}
+            self.optimizer.optimizer.state[flat] = {"step": step.clone(), **kept}
         for name, parameter in self.trained().items():
             for key in KEPT if name in found else ():
-                value = found[name][key].to(self.accelerator.device)
-                if self.stage < 3:
-                    safe_set_full_optimizer_state(parameter, value, key)
-                else:
-                    own = own_part(value, parameter, self.accelerator.process_index, self.accelerator.num_processes)
-                    safe_set_local_optimizer_state(parameter, own, key)
+                own, place = self._own(parameter, key)
+                value = found[name][key].to(own.device).flatten()
+                value = F.pad(value, (0, place.stop - value.numel())) if place.stop > value.numel() else value
+                own.copy_(value[place])
 
+    def _flat(self) -> list[Tensor]:
+        """What this process keeps of all that trains, in one row for each group."""
+        zero = self.optimizer
+        return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
 
-def own_part(value: Tensor, parameter: Any, rank: int, processes: int) -> Tensor:
-    """The part of a tensor that ZeRO-3 keeps on a process: an equal share of it, filled up with zeros at the end."""
-    size = parameter.ds_tensor.numel()
-    return F.pad(value.flatten(), (0, size * processes - value.numel()))[rank * size :][:size]
+    def _own(self, parameter: Any, key: str) -> tuple[Tensor, slice]:
+        """What this process keeps of a parameter's state, to read and to write, and where that stands in the whole.
+
+        DeepSpeed's `safe_get_full_optimizer_state` knows that of the first group of parameters alone.
+        """
+        state = self.optimizer.optimizer.state
+        if self.stage == 3:
+            group, start, size = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            first = size * self.accelerator.process_index
+        elif (here := parameter._hp_mapping) is None:
+            return torch.zeros(0, device=parameter.device), slice(0, 0)
+        else:
+            group, address = here.param_group_index, here.hp_fragment_address
+            start, size, first = address.start, address.numel, here.lp_fragment_address.start
+        return state[self._flat()[group]][key].narrow(0, start, size), slice(first, first + size)
+
+    def _joined(self, parameter: Any, key: str) -> Tensor:
+        """The whole of a parameter's state, from all processes."""
+        shape = parameter.ds_shape if self.stage == 3 else parameter.shape
+        own, place = self._own(parameter, key)
+        longest = max(shape.numel(), own.numel() * self.accelerator.num_processes if self.stage == 3 else 0)
+        whole = torch.zeros(longest, device=own.device)
+        whole[place] = own
+        dist.all_reduce(whole)
+        return whole[: shape.numel()].view(shape)
 
 
 def chosen_engine(engine: str | None) -> str:
