@@ -67,7 +67,8 @@ class Display:
         self.bar.stop()
         if self.file:
             self.file.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def advance(self, step: int, figures: dict[str, float], lr: float) -> None:
         self.figures.append(figures)

@@ -117,9 +117,10 @@ def chosen_engine(engine: str | None) -> str:
     if engine is None and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         engine = file if file != "none" else f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
-    engine = engine or "ddp"
-    if engine == "ddp":
-        return engine
+    if torch.accelerator.current_accelerator(check_available=True) is None:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # where it is installed it is asked for its opinion, used or not
+    if engine in (None, "ddp"):
+        return "ddp"
     names = ["ddp", *sorted(path.stem for path in SETTINGS.glob("*.json"))]
     if engine not in names and not engine.endswith(".json"):
         raise ValueError(
@@ -129,8 +130,6 @@ def chosen_engine(engine: str | None) -> str:
         raise ValueError(
             f"--engine {engine} needs DeepSpeed, which is not installed: pip install 'mm-bridges[deepspeed]'"
         )
-    if torch.accelerator.current_accelerator(check_available=True) is None:
-        os.environ["DS_ACCELERATOR"] = "cpu"
     if "RANK" not in os.environ:  # started without a launcher: DeepSpeed wants a group, if of one
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
