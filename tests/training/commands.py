@@ -1,4 +1,4 @@
-"""Runs several commands of `bridges` one after another in processes that torchrun started once.
+"""What tests do in processes of their own. As a script: several commands of `bridges` in those that torchrun started.
 
 After `stop=N` the next one gets Ctrl-C on the first process alone, once step N is logged; after `kill=N` kill -9 there
 at the N-th time that it touches a file of its output; `copy=FROM=TO` copies a folder.
@@ -10,24 +10,47 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import distributed
 
 from bridges.cli import main
+from bridges.files import replacing, write
+
+TOUCHES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 
 
-def kill_at(count: int, output: str) -> None:
-    """kill -9 at the `count`-th time that this process opens, makes, moves or removes something in `output`."""
-    left = [count]
+def kill_at(killed_at: int, output: str) -> list[int]:
+    """kill -9 at the n-th time that this process opens, makes, moves or removes something whose name begins so.
+
+    Returns the running count of these times. 0 only counts.
+    """
+    count = [0]
 
     def hook(event: str, arguments: tuple) -> None:
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and str(arguments[0]).startswith(output):
-            left[0] -= 1
-            if not left[0]:
+        if event in TOUCHES and str(arguments[0]).startswith(output):
+            count[0] += 1
+            if count[0] == killed_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+    return count
+
+
+def counted(work: Callable[[], object], touched: str, killed_at: int, told: Any) -> None:
+    """Do something under `kill_at`, and tell the count at the end."""
+    count = kill_at(killed_at, touched)
+    work()
+    told.put(count[0])
+
+
+def save(folder: Path, content: bytes) -> None:
+    """Replace three files at once."""
+    with replacing(folder) as fresh:
+        for name in ("a", "b", "deep/c"):
+            write(fresh / name, content)
 
 
 def stop_at(step: str, output: str) -> None:

@@ -160,7 +160,9 @@ def test_settings_that_say_auto_or_the_same_are_taken(run: Recipe, tmp_path: Pat
 
 
 def test_engines_that_are_not_there_are_told(run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"no engine 'fsdp9': there are ddp, zero1, zero2, zero3, or a \.json"):
+    with pytest.raises(
+        ValueError, match=r"no engine 'fsdp9': there are ddp, zero1, zero2, zero3, or your own DeepSpeed"
+    ):
         chosen_engine("fsdp9")
     monkeypatch.setattr("bridges.training.zero.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'mm-bridges\[deepspeed\]'"):
