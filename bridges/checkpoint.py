@@ -18,7 +18,7 @@ from bridges import __version__
 from bridges.base import Bridge, bridge_class
 from bridges.config import Recipe, recipe_from
 from bridges.data.template import IMAGE_TOKEN_ID, Template
-from bridges.files import write
+from bridges.files import finish, write
 from bridges.interop.blip2 import is_blip2, read_blip2
 from bridges.model import BridgedModel
 from bridges.pairs import PairModel
@@ -202,6 +202,7 @@ def fill(built: Built, folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    finish(folder)  # a save that was killed when it was whole, and not yet in place
     if not (folder / CONFIG).is_file():
         raise ValueError(f"no checkpoint in {folder}: {CONFIG} is missing; `bridges train RECIPE` makes one")
     try:

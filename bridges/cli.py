@@ -176,18 +176,20 @@ def fewshot(
     )
 
 
-def train(recipe: str, overrides: list[str], resume: bool = False) -> None:
+def train(recipe: str, overrides: list[str], resume: bool = False, engine: str | None = None) -> None:
     """Train a bridge as a recipe says; every key can be overridden: --train.lr 1e-3 --bridge.depth 2.
 
     Args:
         recipe: YAML file, or the name of one that comes with the library
-        resume: go on with the run in the output folder
+        resume: go on with the run in the output folder, if there is one (also --resume auto)
+        engine: how processes share the work: ddp (the default), zero1, zero2, zero3, or a JSON of DeepSpeed; start them
+            with torchrun or accelerate launch
     """
     from bridges.config import read_recipe
     from bridges.training.loop import train
 
     read = read_recipe(recipe, overrides)
-    output = train(read, resume)
+    output = train(read, resume, engine)
     use = "retrieve" if read.objectives else "chat"
     Console().print(f"done: bridges evaluate {output}   bridges {use} {output}", highlight=False)
 
@@ -260,7 +262,9 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     own: list[str] = []
     overrides: list[str] = []
     taken = own
-    for argument in arguments:
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if (before, argument) == ("--resume", "auto"):
+            continue  # what --resume means anyhow
         if argument.startswith("--"):
             taken = overrides if argument.split("=")[0].split(".")[0] in tops else own
         taken.append(argument)

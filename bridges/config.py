@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 
 
 @dataclass
@@ -105,8 +107,9 @@ class Train:
     """Steps between lines of metrics.jsonl."""
     workers: int = 1
     """Threads that prepare pictures ahead."""
-    tensorboard: bool = False
-    """Also write TensorBoard's event files (extra `[tensorboard]`)."""
+    track: list[Tracker] = field(default_factory=list)
+    """Also tell `tensorboard`, `trackio`, `wandb`, `mlflow`, whichever are named and installed; metrics.jsonl is always
+    written."""
 
 
 @dataclass

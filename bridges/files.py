@@ -1,7 +1,11 @@
 """Files that are whole or not there."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+NEXT, READY = ".next", ".ready"
 
 
 def write(path: Path, content: bytes) -> None:
@@ -14,6 +18,43 @@ def write(path: Path, content: bytes) -> None:
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise ValueError(f"cannot write {path}: {error.strerror}; {len(content) / 1e6:.1f} MB are needed") from error
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Replace several files of a folder in one go: write the new ones into the folder that this gives.
+
+        folder/.next     being written: thrown away after a crash, or when there is no space
+        folder/.ready    whole: renaming .next to this is the moment at which all of it counts
+        folder           each file is moved to its place; `finish` goes on after a crash
+
+    Raises ValueError when it cannot be written; the folder is as it was then.
+    """
+    finish(folder)
+    fresh = folder / NEXT
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        fresh.rename(folder / READY)
+    except BaseException as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ValueError(f"cannot write {folder}: {error.strerror or error}; what it held is as it was") from error
+        raise
+    finish(folder)
+
+
+def finish(folder: Path) -> None:
+    """Bring to its end what `replacing` had whole and not yet in place. Several processes may do so at once."""
+    ready = folder / READY
+    for path in sorted(ready.rglob("*")):
+        place = folder / path.relative_to(ready)
+        if path.is_file():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another process was quicker
+                path.replace(place)
+    shutil.rmtree(ready, ignore_errors=True)
 
 
 def prepare_output(folder: Path, needed: int) -> None:

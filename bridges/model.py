@@ -35,6 +35,7 @@ class BridgedModel(nn.Module):
         super().__init__()
         self.vision, self.bridge, self.language = vision, bridge, language
         self.image_token_id = image_token_id
+        self.keeps_prefix = True
         self._prefix = Prefix((), [])
 
     def forward(
@@ -181,7 +182,7 @@ class BridgedModel(nn.Module):
         self, input_ids: Tensor, segments: Tensor, positions: Tensor, at: tuple[Tensor, Tensor]
     ) -> int:
         """How many first columns are the same text in every row, so that their keys and values are a constant."""
-        if self.bridge.blocks or not self.language.shares(int(positions.max()) + 1):
+        if not self.keeps_prefix or self.bridge.blocks or not self.language.shares(int(positions.max()) + 1):
             return 0  # blocks train, and work on all text
         if self.language.gradient_checkpointing:
             return 0  # what is computed again would be cached again

@@ -19,6 +19,7 @@ from bridges.data.batch import Batch, collate, rows_of
 from bridges.data.conversation import Conversation, Example, Turn, ask
 from bridges.inference.decoding import answers
 from bridges.objectives.language import language_loss
+from bridges.training.engine import Engine
 from bridges.training.feed import Share
 from bridges.training.loop import train_step
 from bridges.training.stage import said_loss
@@ -271,7 +272,7 @@ def test_a_users_own_bridge_needs_a_name_with_a_dot_and_nothing_else(
     assert before["layers.0.weight"].shape == (12, 16)
     optimizer = torch.optim.AdamW(model.bridge.parameters(), lr=1e-2)
     shares = [Share("pictures", 1.0, [batch_of(assembled, pictures)])]
-    figures = train_step(Accelerator(), model, shares, optimizer, 1.0, said_loss)
+    figures = train_step(Engine(Accelerator(), model, optimizer), shares, 1.0, said_loss)
     assert figures["loss"] > 0
     assert figures["targets"] > 0
     assert all(not torch.equal(p, before[name]) for name, p in model.bridge.named_parameters())

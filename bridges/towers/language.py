@@ -45,6 +45,7 @@ class LanguageTower(nn.Module):
         if missing := sorted(report["missing_keys"]):  # transformers would make them up
             raise ValueError(f"{name_or_path} lacks {len(missing)} weights of the language model, such as {missing[0]}")
         self.requires_grad_(False)
+        self._fingerprint = fingerprint(self.model)
         self.train(False)
         text = self.model.config.get_text_config()
         self.num_layers: int = text.num_hidden_layers
@@ -159,17 +160,22 @@ class LanguageTower(nn.Module):
     def fingerprint(self) -> str:
         """Twelve hex digits that tell this model's weights from another's: a strided sample of every tensor.
 
-        Compared as bfloat16, because a model trained beside in bf16 may be talked to in fp32.
+        Compared as bfloat16, because a model trained beside in bf16 may be talked to in fp32; and as they were read.
         """
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            sample = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64].bfloat16().float()
-            digest.update(f"{name}{tuple(tensor.shape)}{sample.tolist()}".encode())
-        return digest.hexdigest()[:12]
+        return self._fingerprint
 
     def decode(self, ids: Sequence[int]) -> str:
         """The words of some ids, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Twelve hex digits of a strided sample of every tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        sample = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64].bfloat16().float()
+        digest.update(f"{name}{tuple(tensor.shape)}{sample.tolist()}".encode())
+    return digest.hexdigest()[:12]
 
 
 def decoder_layers(model: nn.Module, number: int) -> list[nn.Module]:

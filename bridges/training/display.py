@@ -2,16 +2,21 @@
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from bridges.checkpoint import Built, towers_of
-from bridges.training.state import METRICS
+from bridges.files import write
+from bridges.training.engine import flat
+
+METRICS = "metrics.jsonl"
 
 
 def counts(built: Built) -> str:
@@ -29,9 +34,9 @@ def counts(built: Built) -> str:
 class Display:
     """Shows and logs a run on the main process; keeps still on the others."""
 
-    def __init__(self, built: Built, first: int, main: bool) -> None:
-        recipe = built.recipe
-        self.settings, self.main, self.first = recipe.train, main, first
+    def __init__(self, built: Built, first: int, accelerator: Accelerator) -> None:
+        recipe, main = built.recipe, accelerator.is_main_process
+        self.settings, self.main, self.first, self.accelerator = recipe.train, main, first, accelerator
         self.batch = sum(data.batch or recipe.train.batch for data in (recipe.data, *recipe.also))
         self.console = Console(quiet=not main)
         self.console.print(counts(built), highlight=False)
@@ -44,12 +49,12 @@ class Display:
         )
         self.bar = Progress(*columns, console=self.console, disable=not (main and self.console.is_terminal))
         self.task = self.bar.add_task("training", total=self.settings.steps, completed=first)
+        if main:
+            forget_after(Path(recipe.output) / METRICS, first)
         self.file = (Path(recipe.output) / METRICS).open("a") if main else None
-        self.board = None
-        if recipe.train.tensorboard and main:
-            from torch.utils.tensorboard import SummaryWriter  # extra [tensorboard]
-
-            self.board = SummaryWriter(recipe.output)
+        if recipe.train.track:
+            told = {key: v if isinstance(v, (int, float, str)) else str(v) for key, v in flat(asdict(recipe)).items()}
+            accelerator.init_trackers("bridges", told)
         self.began = self.since = time.monotonic()
         self.figures: list[dict[str, float]] = []
         self.lr = 0.0
@@ -62,8 +67,8 @@ class Display:
         self.bar.stop()
         if self.file:
             self.file.close()
-        if self.board:
-            self.board.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def advance(self, step: int, figures: dict[str, float], lr: float) -> None:
         self.figures.append(figures)
@@ -115,10 +120,15 @@ class Display:
             return
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        if self.board:
-            nested = (
-                row.get("validation") or row.get("bridge") or {"train": {k: v for k, v in row.items() if k != "step"}}
-            )
-            for group, values in nested.items():
-                for name, value in values.items():
-                    self.board.add_scalar(f"{group}/{name}", value, row["step"])
+        if self.settings.track:
+            train = {"train": {k: v for k, v in row.items() if k != "step"}}
+            nested = row.get("validation") or row.get("bridge") or train
+            values = {f"{group}/{name}": value for group, values in nested.items() for name, value in values.items()}
+            self.accelerator.log(values, step=row["step"])
+
+
+def forget_after(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that will be done again."""
+    if metrics.exists():
+        lines = metrics.read_text().splitlines(keepends=True)
+        write(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())

@@ -2,101 +2,99 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from bridges.checkpoint import CONFIG, save_checkpoint
+from bridges.checkpoint import CONFIG
 from bridges.config import Recipe, Train, read_recipe
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split
 from bridges.files import prepare_output
 from bridges.interrupt import interruptible
 from bridges.training.display import Display
+from bridges.training.engine import Engine, open_accelerator, seed_step
 from bridges.training.feed import Share, open_sources, prefetched
 from bridges.training.stage import Figures, Loss, Stage, open_stage, refuse_equal_captions
-from bridges.training.state import restore, save_state, steps_done
+from bridges.training.state import restore, save_run, steps_done
+from bridges.training.zero import chosen_engine, open_engine, zero_settings
 
 
-def train(recipe: Recipe, resume: bool = False) -> Path:
+def train(recipe: Recipe, resume: bool = False, engine: str | None = None) -> Path:
     """Train the recipe's bridge and leave a checkpoint in its output folder, which is returned.
 
-    Writes `metrics.jsonl` as it goes. Ctrl-C saves first. Raises ValueError for anything the user can mend.
+    Writes `metrics.jsonl` as it goes. Ctrl-C saves first. `engine` is `ddp`, `zero1`, `zero2`, `zero3` or a file of
+    DeepSpeed settings. Raises ValueError for anything the user can mend.
     """
-    recipe = after_its_start(recipe, resume)
+    engine = chosen_engine(engine)
+    recipe = after_its_start(recipe, resume, engine)
     settings, output = recipe.train, Path(recipe.output)
+    accelerator = open_accelerator(recipe)
+    zero = zero_settings(engine, recipe, accelerator.num_processes)
     if not resume and (output / CONFIG).exists():
         raise ValueError(f"{output} already holds a checkpoint; go on with --resume, or name another --output")
     prepare_output(output, needed=0)
-    # not every head of a pair model has a part in every loss
-    accelerator = Accelerator(
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(recipe.objectives))]
-    )
     stage = open_stage(recipe)
     model: Any = stage.built.model.to(accelerator.device).train()
     prepare_output(output, needed=20 * sum(p.numel() for p in model.bridge.parameters()))
     sources = open_sources(recipe)
+    sizes = [(source.name, len(source.data)) for source in sources]
     refuse_equal_captions(stage, sources[0].data)
     held = validation_batch(stage, min(settings.evaluate_size, settings.batch * 4))
+    first, moments = restore(stage.built, sizes) if resume else (0, {})
+    accelerator.wait_for_everyone()
     optimizer = torch.optim.AdamW(parameter_groups(model.bridge, settings), lr=settings.lr, betas=settings.betas)
-    first = restore(output, stage.built, optimizer) if resume else 0
-    wrapped: Any
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
 
-    with Display(stage.built, first, accelerator.is_main_process) as display, interruptible() as stop:
+    with Display(stage.built, first, accelerator) as display, interruptible() as stop:
+        run = open_engine(accelerator, model, optimizer, zero)
+        if moments:
+            run.set_moments(moments)
         step = first
+        asked = False
         feed = prefetched(stage, sources, first, accelerator.process_index, accelerator.num_processes)
         for step, shares in enumerate(feed, start=first + 1):
-            for group in optimizer.param_groups:
+            for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate(step, settings)
-            figures = train_step(accelerator, wrapped, shares, optimizer, settings.clip, stage.loss)
-            display.advance(step, figures, optimizer.param_groups[0]["lr"])
+            seed_step(settings.seed, step, accelerator.process_index)
+            figures = train_step(run, shares, settings.clip, stage.loss)
+            display.advance(step, figures, run.optimizer.param_groups[0]["lr"])
+            asked = bool(summed(accelerator, torch.tensor(int(stop.asked), device=accelerator.device)))
             if step % settings.log_every == 0 or step == settings.steps:
                 display.log(step)
             if step % settings.evaluate_every == 0 or step == settings.steps:
-                display.validation(step, held_out(stage, held, accelerator.device))
-                display.bridge(step, model.bridge.watched())
-            due = step % settings.save_every == 0 or step == settings.steps or stop.asked
-            if due and accelerator.is_main_process:
-                save_checkpoint(output, stage.built)
-                save_state(output, stage.built, optimizer, step)
-            if stop.asked:
+                held_out, watched = measured(stage, run, held)
+                display.validation(step, held_out)
+                display.bridge(step, watched)
+            if step % settings.save_every == 0 or step == settings.steps or asked:
+                save_run(run, stage.built, sizes, step)
+            if asked:
                 break
     for source in sources:
         if accelerator.is_main_process and source.data.broken:
             print(f"{source.name}: {source.data.summary()}")
-    if stop.asked:
+    if asked:
         raise KeyboardInterrupt(
             f"stopped after step {step} of {settings.steps} and saved in {output}; add --resume to go on"
         )
     return output
 
 
-def after_its_start(recipe: Recipe, resume: bool) -> Recipe:
+def after_its_start(recipe: Recipe, resume: bool, engine: str) -> Recipe:
     """Where a recipe starts from another recipe: run that one, or what is left of it, and start from its output."""
     if recipe.start is None or not recipe.start.endswith(".yaml"):
         return recipe
     first = read_recipe(recipe.start)
     if steps_done(Path(first.output)) < first.train.steps:
         print(f"first {recipe.start}, which leaves {first.output}")
-        train(first, resume)
+        train(first, resume, engine)
     return replace(recipe, start=first.output)
 
 
-def train_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    shares: Sequence[Share],
-    optimizer: torch.optim.Optimizer,
-    clip: float,
-    objective: Loss,
-) -> dict[str, float]:
+def train_step(run: Engine, shares: Sequence[Share], clip: float, objective: Loss) -> dict[str, float]:
     """One update. Of each source: the summed loss of its micro-batches over the number of all its targets, on all
     processes, times its weight; these are added up (Flamingo, arXiv 2204.14198, equation 2).
 
@@ -105,37 +103,33 @@ def train_step(
     """
     parts, losses, targets = {}, [], 0
     for index, share in enumerate(shares):
-        total, count, more = backward(accelerator, model, share, objective, last=index == len(shares) - 1)
+        total, count, more = backward(run, share, objective, last=index == len(shares) - 1)
         losses, targets, parts = [*losses, total / count], targets + count, {**parts, **more}
-    norm = accelerator.clip_grad_norm_(model.parameters(), clip)
     weights = [share.weight for share in shares]
     mean = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
-    if not math.isfinite(mean) or (norm is not None and not math.isfinite(float(norm))):
-        batch = shares[-1].batches[-1].to(accelerator.device)
-        where = first_broken(accelerator.unwrap_model(model), batch, objective)
+    norm = run.update(clip) if math.isfinite(mean) else math.nan
+    if not math.isfinite(norm):
+        where = first_broken(run.bare, shares[-1].batches[-1].to(run.accelerator.device), objective)
         raise ValueError(f"loss {mean}, gradient norm {norm}: {where}")
-    optimizer.step()
-    optimizer.zero_grad()
     if len(shares) > 1:
         parts |= {f"loss/{share.name}": loss for share, loss in zip(shares, losses, strict=True)}
     return {"loss": mean, "targets": targets, **parts}
 
 
-def backward(
-    accelerator: Accelerator, model: nn.Module, share: Share, objective: Loss, last: bool
-) -> tuple[float, int, dict[str, float]]:
+def backward(run: Engine, share: Share, objective: Loss, last: bool) -> tuple[float, int, dict[str, float]]:
     """Add the gradients of one source. Returns its summed loss and its targets, over all processes, and parts of it.
 
     Processes average their gradients, once, after the `last` source's last micro-batch; the sum over all is wanted.
     """
-    device, parts = accelerator.device, {}
+    accelerator, parts = run.accelerator, {}
+    device = accelerator.device
     targets = int(summed(accelerator, torch.tensor(sum(b.num_targets for b in share.batches), device=device)))
     scale = share.weight * accelerator.num_processes / targets
     total = torch.zeros((), device=device)
     for index, batch in enumerate(share.batches):
-        with nullcontext() if last and index == len(share.batches) - 1 else accelerator.no_sync(model):
-            loss, parts = objective(model, batch.to(device))
-            accelerator.backward(loss * scale)
+        with run.sharing(last and index == len(share.batches) - 1):
+            loss, parts = objective(run.model, batch.to(device))
+            run.backward(loss * scale)
         total += loss.detach()
     return float(summed(accelerator, total)), targets, parts
 
@@ -169,10 +163,11 @@ def validation_batch(stage: Stage, size: int) -> Any:
     return stage.batch([data[i] for i in range(min(size, len(data)))])
 
 
-def held_out(stage: Stage, batch: Any, device: torch.device) -> Figures:
-    """Measured asleep: no dropout."""
+def measured(stage: Stage, run: Engine, batch: Any) -> tuple[Figures, Figures]:
+    """The held-out figures, measured asleep (no dropout), and what the bridge says of itself."""
     stage.built.model.eval()
-    figures = stage.held_out(batch.to(device))
+    with run.whole():
+        figures = stage.held_out(batch.to(run.accelerator.device)), stage.built.model.bridge.watched()
     stage.built.model.train()
     return figures
 

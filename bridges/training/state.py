@@ -1,52 +1,71 @@
-"""What a run needs to go on as if it had never stopped. The order of the data is a function of the step: not kept."""
+"""What a run needs to go on as if it had never stopped. Data and dropout are functions of the step: not kept."""
 
 import io
-import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bridges.checkpoint import Built, check_towers, plain, read_config
+from bridges.checkpoint import Built, check_towers, load_weights, plain, read_config, save_checkpoint
 from bridges.config import Recipe
-from bridges.files import write
+from bridges.files import finish, replacing, write
+from bridges.training.engine import Engine, Moments
 
-STATE, METRICS = "trainer/state.pt", "metrics.jsonl"
-
-
-def save_state(output: Path, built: Built, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """The step, the bridge's exact weights, the optimizer, the random generator: one file, replaced in one go."""
-    buffer = io.BytesIO()
-    state = {"step": step, "bridge": built.model.bridge.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**state, "random": torch.get_rng_state()}, buffer)
-    write(output / STATE, buffer.getvalue())
+STATE = "trainer/state.pt"
 
 
-def restore(output: Path, built: Built, optimizer: torch.optim.Optimizer) -> int:
-    """Bring a run back to where it was saved and return its step; 0 where nothing was saved yet.
+def save_run(engine: Engine, built: Built, sizes: Sequence[tuple[str, int]], step: int) -> None:
+    """The checkpoint, and what is needed beside it to go on: all new, or all as it was. All processes have to ask.
 
-    Raises ValueError when the recipe or the towers are not those of the run.
+    `sizes` are the names of the data and their numbers of examples. Raises ValueError when the disk is full.
     """
-    if not (output / STATE).exists():
-        return 0
+    moments, output = engine.moments(step), Path(built.recipe.output)
+    with engine.whole():
+        if engine.accelerator.is_main_process:
+            buffer = io.BytesIO()
+            torch.save({"step": step, "sizes": list(sizes), "optimizer": moments}, buffer)
+            with replacing(output) as fresh:
+                save_checkpoint(fresh, built)
+                write(fresh / STATE, buffer.getvalue())
+    engine.accelerator.wait_for_everyone()
+
+
+def restore(built: Built, sizes: Sequence[tuple[str, int]]) -> tuple[int, Moments]:
+    """Give the bridge the weights of its output folder; the step that they are of, and the optimizer's state there.
+
+    (0, {}) where nothing was saved yet. Raises ValueError when recipe, data or towers are not those of the run.
+    """
+    output = Path(built.recipe.output)
+    if not (state := read_state(output)):
+        return 0, {}
     config = read_config(output)
     check_towers(output, config, built)
     refuse_other_recipe(output, config, built.recipe)
-    state = torch.load(output / STATE, weights_only=True, map_location="cpu")
-    built.model.bridge.load_state_dict(state["bridge"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"])
-    forget_after(output / METRICS, state["step"])
-    return state["step"]
+    for (name, size), (_, was) in zip(sizes, state["sizes"], strict=True):
+        if was != size:
+            raise ValueError(
+                f"{output} was trained with {was} examples of {name}, now there are {size}; resume needs the same"
+            )
+    load_weights(built.model.bridge, output)
+    return state["step"], state["optimizer"]
+
+
+def read_state(output: Path) -> dict[str, Any]:
+    """What was saved last; nothing where there is no such file."""
+    finish(output)
+    path = output / STATE
+    return torch.load(path, weights_only=True, mmap=True, map_location="cpu") if path.exists() else {}
 
 
 def steps_done(output: Path) -> int:
     """After how many steps a run was saved last; 0 where there is none."""
-    return torch.load(output / STATE, weights_only=True, mmap=True)["step"] if (output / STATE).exists() else 0
+    return read_state(output).get("step", 0)
 
 
 def refuse_other_recipe(output: Path, config: dict, recipe: Recipe) -> None:
     """What decides the weights must be as it was; how often to look and to save may change."""
-    free = {"evaluate_every", "evaluate_size", "save_every", "log_every", "workers", "micro_batch", "tensorboard"}
+    free = {"evaluate_every", "evaluate_size", "save_every", "log_every", "workers", "micro_batch", "track"}
     free |= {"gradient_checkpointing"}
     now = {
         "bridge": plain(recipe.bridge),
@@ -70,10 +89,3 @@ def refuse_other_recipe(output: Path, config: dict, recipe: Recipe) -> None:
                 raise ValueError(
                     f"{output} was trained with {part}.{key} {was!r}, the recipe says {value!r}; resume needs the same"
                 )
-
-
-def forget_after(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that will be done again."""
-    if metrics.exists():
-        lines = metrics.read_text().splitlines(keepends=True)
-        write(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from bridges.checkpoint import Assembled, build, plain
 from bridges.config import Recipe
 from bridges.data.conversation import Conversation, Example, Turn, ask
+from bridges.training.engine import Engine
 from bridges.training.feed import Share, order
 from bridges.training.loop import learning_rate, parameter_groups, train, train_step
 from bridges.training.stage import make_batch, said_loss
@@ -76,7 +77,7 @@ def step(assembled: Assembled, batches: list, lr: float = 1e-2) -> dict[str, flo
 
 def mixed_step(assembled: Assembled, shares: list[Share], lr: float = 1e-2) -> dict[str, float]:
     groups = parameter_groups(assembled.model.bridge, assembled.recipe.train)
-    return train_step(Accelerator(), assembled.model, shares, torch.optim.AdamW(groups, lr=lr), 1e9, said_loss)
+    return train_step(Engine(Accelerator(), assembled.model, torch.optim.AdamW(groups, lr=lr)), shares, 1e9, said_loss)
 
 
 def test_a_step_changes_the_bridge_and_nothing_else(assembled: Assembled, pictures: list[Image.Image]) -> None:
