@@ -286,8 +286,7 @@ def test_two_processes_equal_one(run: Recipe, tmp_path: Path, processes: int) ->
         "torch.distributed.run",
         "--nproc_per_node",
         str(processes),
-        "--master_port",
-        "29611",
+        "--standalone",
     ]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
