@@ -103,6 +103,8 @@ class Train:
     """Held-out examples of such a look."""
     save_every: int = 500
     """Steps between checkpoints; there is always one at the end."""
+    keep: int = 1
+    """How many checkpoints stay: with more than 1 also the last ones in `steps/`, each to talk to, none to resume."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     workers: int = 1

@@ -1,6 +1,7 @@
 """What a run needs to go on as if it had never stopped. Data and dropout are functions of the step: not kept."""
 
 import io
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from bridges.config import Recipe
 from bridges.files import finish, replacing, write
 from bridges.training.engine import Engine, Moments
 
-STATE = "trainer/state.pt"
+STATE, STEPS = "trainer/state.pt", "steps"
 
 
 def save_run(engine: Engine, built: Built, sizes: Sequence[tuple[str, int]], step: int) -> None:
@@ -28,6 +29,10 @@ def save_run(engine: Engine, built: Built, sizes: Sequence[tuple[str, int]], ste
             with replacing(output) as fresh:
                 save_checkpoint(fresh, built)
                 write(fresh / STATE, buffer.getvalue())
+                if (keep := built.recipe.train.keep) > 1:
+                    save_checkpoint(fresh / STEPS / f"{step:07}", built)
+            for old in sorted((output / STEPS).glob("*"))[:-keep]:
+                shutil.rmtree(old)
     engine.accelerator.wait_for_everyone()
 
 
@@ -65,7 +70,7 @@ def steps_done(output: Path) -> int:
 
 def refuse_other_recipe(output: Path, config: dict, recipe: Recipe) -> None:
     """What decides the weights must be as it was; how often to look and to save may change."""
-    free = {"evaluate_every", "evaluate_size", "save_every", "log_every", "workers", "micro_batch", "track"}
+    free = {"evaluate_every", "evaluate_size", "save_every", "log_every", "keep", "workers", "micro_batch", "track"}
     free |= {"gradient_checkpointing"}
     now = {
         "bridge": plain(recipe.bridge),

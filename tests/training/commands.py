@@ -72,7 +72,8 @@ def run(lines: list[str]) -> None:
             planned.append((name, value))
         elif name == "copy":
             if first:
-                shutil.copytree(*value.split("="))
+                source, target = value.split("=")
+                shutil.copytree(source, target)
             distributed.barrier()
         else:
             output = next(word.split("=")[1] for word in line.split() if word.startswith("--output="))

@@ -113,6 +113,18 @@ def test_every_engine_gives_what_one_process_gives_and_goes_on_with_what_another
     assert difference(tmp_path / "stopped", tmp_path / "zero2") == 0
 
 
+@needs_deepspeed
+@pytest.mark.slow
+def test_a_process_of_zero_killed_in_its_saves_goes_on_to_the_same_bits(run: Recipe, tmp_path: Path) -> None:
+    command = f"train {tmp_path / 'recipe.yaml'} --train.save_every=2 --engine zero2 --resume --output={tmp_path}/"
+    for moment in (9, 17):  # of the 13 or so of the first save, and of the second
+        assert launch([f"kill={moment}", f"{command}killed"]).returncode, "it came through"
+    ended = launch([f"{command}killed", f"{command}whole"])
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert difference(tmp_path / "killed", tmp_path / "whole") == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
 def test_processes_that_disagree_about_the_recipe_are_told(run: Recipe, tmp_path: Path) -> None:
     script = tmp_path / "disagree.py"
     script.write_text(

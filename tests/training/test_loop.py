@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from bridges.checkpoint import Assembled, build, plain
+from bridges.checkpoint import Assembled, build, load, plain
 from bridges.config import Recipe
 from bridges.data.conversation import Conversation, Example, Turn, ask
 from bridges.training.engine import Engine
@@ -218,6 +218,15 @@ def test_a_finished_run_is_not_overwritten(run: Recipe) -> None:
         train(run)
 
 
+def test_as_many_of_the_last_checkpoints_are_kept_as_are_asked_for(run: Recipe) -> None:
+    folder = train(replace(run, train=replace(run.train, save_every=1, steps=3, keep=2, min_lr=1e-3)))
+    assert sorted(path.name for path in (folder / "steps").iterdir()) == ["0000002", "0000003"]
+    last, before = (load(folder / "steps" / name).model.bridge.state_dict() for name in ("0000003", "0000002"))
+    now = load(folder).model.bridge.state_dict()
+    assert all(torch.equal(now[name], last[name]) for name in now)
+    assert not all(torch.equal(now[name], before[name]) for name in now)
+
+
 def test_a_broken_number_stops_the_run_and_names_its_module(assembled: Assembled, pictures: list[Image.Image]) -> None:
     batch = make_batch(assembled, examples(pictures, 4))
     with torch.no_grad():
@@ -285,8 +294,7 @@ def test_two_processes_equal_one(run: Recipe, tmp_path: Path, processes: int) ->
         "torch.distributed.run",
         "--nproc_per_node",
         str(processes),
-        "--master_port",
-        "29611",
+        "--standalone",
     ]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
