@@ -2,21 +2,25 @@
 
 import io
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from bridges.checkpoint import Built, check_towers, plain, read_config
-from bridges.config import Recipe
+from bridges import adapter
+from bridges.checkpoint import Assembled, Built, check_towers, plain, read_config
+from bridges.config import Lora, Recipe
 from bridges.files import write
 
 STATE, METRICS = "trainer/state.pt", "metrics.jsonl"
 
 
 def save_state(output: Path, built: Built, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """The step, the bridge's exact weights, the optimizer, the random generator: one file, replaced in one go."""
+    """The step, the exact weights of bridge and adapter, optimizer, random generator: one file, replaced in one go."""
     buffer = io.BytesIO()
     state = {"step": step, "bridge": built.model.bridge.state_dict(), "optimizer": optimizer.state_dict()}
+    if isinstance(built, Assembled):
+        state["adapter"] = adapter.state(built.model.language)
     torch.save({**state, "random": torch.get_rng_state()}, buffer)
     write(output / STATE, buffer.getvalue())
 
@@ -33,6 +37,8 @@ def restore(output: Path, built: Built, optimizer: torch.optim.Optimizer) -> int
     refuse_other_recipe(output, config, built.recipe)
     state = torch.load(output / STATE, weights_only=True, map_location="cpu")
     built.model.bridge.load_state_dict(state["bridge"])
+    if built.recipe.lora is not None and isinstance(built, Assembled):
+        adapter.load_state(built.model.language, state["adapter"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["random"])
     forget_after(output / METRICS, state["step"])
@@ -52,6 +58,7 @@ def refuse_other_recipe(output: Path, config: dict, recipe: Recipe) -> None:
         "data": plain(vars(recipe.data)),
         "language": vars(recipe.language),
         "vision": vars(recipe.vision),
+        "lora": vars(recipe.lora) if recipe.lora else dict.fromkeys(f.name for f in fields(Lora)),
         "objectives": recipe.objectives,
         **{f"also.{number}": plain(vars(data)) for number, data in enumerate(recipe.also)},
         "train": {k: plain(v) for k, v in vars(recipe.train).items() if k not in free},
@@ -61,6 +68,7 @@ def refuse_other_recipe(output: Path, config: dict, recipe: Recipe) -> None:
             f"{output} was trained with {len(config['also'])} data beside the first (also), the recipe has "
             f"{len(recipe.also)}; resume needs the same"
         )
+    config = {**config, "lora": config.get("lora") or {}}
     config = {**config, **{f"also.{number}": data for number, data in enumerate(config["also"])}}
     for part, values in now.items():
         for key, value in values.items():
