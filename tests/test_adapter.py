@@ -48,7 +48,7 @@ def batch(adapted: Assembled, pictures: list[Image.Image]) -> Batch:
 def disturb(language: LanguageTower, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters(language):
-        parameter += torch.randn(parameter.shape, generator=generator) * 0.2
+        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
 
 
 def batch_of(assembled: Assembled, pictures: list[Image.Image], share: bool = True, system: str = "Be brief.") -> Batch:
@@ -173,7 +173,7 @@ def test_blocks_inside_the_language_model_go_on_beside_an_adapter(recipe: Recipe
     for one in (plain, assembled):
         with torch.no_grad():
             for block in one.model.bridge.blocks.values():
-                for name, parameter in block.named_parameters():
+                for parameter in block.parameters():
                     if parameter.numel() == 1:
                         parameter.fill_(0.7)
     expected = target_nll(plain.model, batch)
@@ -351,7 +351,7 @@ def test_the_adapter_has_its_own_learning_rate(run: Recipe) -> None:
     before = build(run)
     after = load(train(run)).model
     moved = {
-        name: float((p - q).abs().max())
+        name: float((p - q).detach().abs().max())
         for (name, p), q in zip(before.model.named_parameters(), after.parameters(), strict=True)
     }
     assert max(m for n, m in moved.items() if n.startswith("bridge.")) == pytest.approx(1e-2, rel=1e-2)
