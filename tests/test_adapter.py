@@ -41,7 +41,7 @@ def adapted(recipe: Recipe) -> Assembled:
 
 @pytest.fixture
 def batch(adapted: Assembled, pictures: list[Image.Image]) -> Batch:
-    return batch_of(adapted, pictures)
+    return batch_of(adapted, examples(pictures))
 
 
 @torch.no_grad()
@@ -51,13 +51,16 @@ def disturb(language: LanguageTower, seed: int = 0) -> None:
         parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
 
 
-def batch_of(assembled: Assembled, pictures: list[Image.Image], share: bool = True, system: str = "Be brief.") -> Batch:
+def examples(pictures: list[Image.Image]) -> list[Example]:
     """Three conversations behind one system turn; two about one picture, one about none."""
-    said = [Turn("system", [system])]
+    said = [Turn("system", ["Be brief. The answer is four, I think."])]
     texts = [ask(f"What is {w}?", f"A {w}.", pictures[0]) for w in ("cat", "bird")]
     texts += [Conversation([Turn("user", ["Is it a dog?"]), Turn("assistant", ["No."])])]
-    examples = [Example([Conversation([*said, *t.turns]) for t in some]) for some in (texts[:2], texts[2:])]
-    rows = [r for e in examples for r in rows_of(e, assembled.template, 512, share)]
+    return [Example([Conversation([*said, *t.turns]) for t in some]) for some in (texts[:2], texts[2:])]
+
+
+def batch_of(assembled: Assembled, some: list[Example]) -> Batch:
+    rows = [r for e in some for r in rows_of(e, assembled.template)]
     return collate(rows, assembled.model.vision.preprocess)
 
 
@@ -133,7 +136,7 @@ def test_only_the_adapters_dropout_wakes(recipe: Recipe, pictures: list[Image.Im
     recipe.lora = replace(LORA, dropout=0.5, dora=dora)
     assembled = build(recipe)
     disturb(assembled.model.language)
-    batch = batch_of(assembled, pictures)
+    batch = batch_of(assembled, examples(pictures))
     asleep = target_nll(assembled.model.eval(), batch)
     assert torch.equal(target_nll(assembled.model, batch), asleep)
     awake = target_nll(assembled.model.train(), batch)
@@ -145,13 +148,12 @@ def test_only_the_adapters_dropout_wakes(recipe: Recipe, pictures: list[Image.Im
 
 
 def test_a_shared_beginning_has_its_part_in_the_gradient(adapted: Assembled, pictures: list[Image.Image]) -> None:
-    """Before every row stands the same text: with an adapter its keys and values are no constant."""
-    shared, alone = (gradients(adapted, batch_of(adapted, pictures, share)) for share in (True, False))
-    assert len(shared) == len(trained(adapted))
-    for one, other in zip(shared, alone, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
-    other = batch_of(adapted, pictures, system="Is it a cat? Name it. Two small birds sit above the blue car.")
-    assert not torch.allclose(gradients(adapted, other)[-1], shared[-1], rtol=0.1)
+    """Rows that begin alike, and one that does not: behind the same text stand no constant keys and values."""
+    alike, other = examples(pictures), [Example([ask("Is it a cat?", "No.", pictures[1])])]
+    parts = [gradients(adapted, batch_of(adapted, some)) for some in (alike, other, [*alike, *other])]
+    assert len(parts[0]) == len(trained(adapted))
+    for one, more, both in zip(*parts, strict=True):
+        torch.testing.assert_close(one + more, both, atol=1e-4, rtol=1e-3)
 
 
 @torch.no_grad()
@@ -160,8 +162,10 @@ def test_what_was_kept_of_a_beginning_is_not_used_after_a_step(adapted: Assemble
     disturb(adapted.model.language, seed=1)
     after = target_nll(adapted.model, batch)
     assert not torch.allclose(before, after, atol=1e-3)
-    with torch.enable_grad():  # nothing is kept there
-        torch.testing.assert_close(after, target_nll(adapted.model, batch), atol=1e-5, rtol=1e-5)
+    never_looked = build(adapted.recipe)
+    for seed in (0, 1):
+        disturb(never_looked.model.language, seed)
+    torch.testing.assert_close(after, target_nll(never_looked.model, batch), atol=1e-5, rtol=1e-5)
 
 
 def test_blocks_inside_the_language_model_go_on_beside_an_adapter(recipe: Recipe, pictures: list[Image.Image]) -> None:
@@ -169,7 +173,7 @@ def test_blocks_inside_the_language_model_go_on_beside_an_adapter(recipe: Recipe
     plain = build(recipe)
     recipe.lora = LORA
     assembled = build(recipe)
-    batch = batch_of(plain, pictures)
+    batch = batch_of(plain, examples(pictures))
     for one in (plain, assembled):
         with torch.no_grad():
             for block in one.model.bridge.blocks.values():

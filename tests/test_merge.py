@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
-from test_adapter import LORA, batch_of, disturb
+from test_adapter import LORA, batch_of, disturb, examples
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bridges import adapter
@@ -27,7 +27,7 @@ def test_logits_before_and_after_agree(recipe: Recipe, pictures: list[Image.Imag
     after = load(tmp_path / "merged")
     assert (after.recipe.lora, after.model.language.adapters) == (None, [])
     assert after.recipe.language.name == str(folder) == str(tmp_path / "merged" / LANGUAGE)
-    batch = batch_of(before, pictures)
+    batch = batch_of(before, examples(pictures))
     torch.testing.assert_close(target_nll(after.model, batch), target_nll(before.model, batch), atol=1e-5, rtol=1e-5)
     assert after.model.language.fingerprint() != before.model.language.fingerprint()
     assert {p.name for p in (tmp_path / "merged").iterdir()} == {LANGUAGE, CONFIG, WEIGHTS, "README.md"}
