@@ -12,9 +12,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
-from bridges import __version__
+from bridges import __version__, adapter
 from bridges.base import Bridge, bridge_class
 from bridges.config import Recipe, recipe_from
 from bridges.data.template import IMAGE_TOKEN_ID, Template
@@ -53,7 +53,7 @@ def build(recipe: Recipe, fresh: bool = True) -> Assembled:
     Nothing is awake: who trains says `model.train()`. Unless `fresh`, the bridge's weights are to be loaded yet.
     """
     vision = vision_tower(recipe)
-    language = language_tower(recipe.language.name, recipe.language.revision)
+    language = language_tower(recipe.language.name, recipe.language.revision, quantized=recipe.language.quantize)
     torch.manual_seed(recipe.train.seed)
     bridge = build_bridge(recipe.bridge, vision.dim, vision.num_patches, language.dim, language.num_layers)
     if language.context is not None and bridge.num_slots >= language.context:
@@ -69,6 +69,8 @@ def build(recipe: Recipe, fresh: bool = True) -> Assembled:
     if fresh:
         bridge.begin()
         bridge.match_scale(language.embedding_rms())
+    if recipe.lora is not None:
+        adapter.attach(language, recipe.lora)
     template = Template(
         language.tokenizer,
         bridge.num_slots,
@@ -115,6 +117,15 @@ def start_from(start: str | None, built: Built) -> None:
         built.model.bridge.adopt(weights)
     except ValueError as error:
         raise ValueError(f"start {folder}: its bridge {error}") from error
+    if not (folder / adapter.FOLDER).is_dir():
+        return
+    if built.recipe.lora is None:
+        raise ValueError(
+            f"start {folder}: its bridge was trained beside an adapter; give the recipe the same lora, or fold it into "
+            f"the language model first: bridges merge {folder} --output FOLDER"
+        )
+    assert isinstance(built, Assembled)
+    load_adapter(built.model.language, folder)
 
 
 def build_bridge(
@@ -148,7 +159,7 @@ def build_bridge(
 
 
 def save_checkpoint(folder: Path, built: Built) -> None:
-    """Write the bridge's weights, the recipe with the towers' fingerprints, and a model card.
+    """Write the bridge's weights, the adapter in peft's own format, the recipe with the towers' fingerprints, a card.
 
     Each file replaces its predecessor in one go. Raises ValueError when the disk is full; nothing is half-written then.
     """
@@ -157,6 +168,8 @@ def save_checkpoint(folder: Path, built: Built) -> None:
     config = {"version": __version__, **asdict(recipe), "towers": towers}
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.bridge.state_dict().items()}
     write(folder / WEIGHTS, save(weights))
+    for name, content in (adapter.files(built.model.language) if isinstance(built, Assembled) else {}).items():
+        write(folder / name, content)
     write(folder / CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True).encode())
     write(folder / CARD, card(built).encode())
 
@@ -199,6 +212,23 @@ def fill(built: Built, folder: Path) -> None:
     """Take the weights of a checkpoint, if its towers are these."""
     check_towers(folder, read_config(folder), built)
     load_weights(built.model.bridge, folder)
+    if isinstance(built, Assembled) and built.recipe.lora is not None:
+        load_adapter(built.model.language, folder)
+
+
+def load_adapter(language: LanguageTower, folder: Path) -> None:
+    """Into a tower that has one of this kind. ValueError where it is missing or does not fit."""
+    weights = read_weights(folder, adapter.WEIGHTS)
+    try:
+        adapter.load_state(language, weights)
+    except ValueError as error:
+        raise ValueError(f"{folder / adapter.WEIGHTS} {error}") from error
+
+
+def trained(built: Built) -> list[nn.Parameter]:
+    """All that trains, known by place: the bridge, and the adapter of the language tower."""
+    own = [p for p in built.model.bridge.parameters() if p.requires_grad]
+    return own + (adapter.parameters(built.model.language) if isinstance(built, Assembled) else [])
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -244,13 +274,13 @@ def load_weights(bridge: Bridge, folder: Path) -> None:
         raise ValueError(f"{folder / WEIGHTS} does not fit the bridge of its {CONFIG}: {reason}") from error
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
     try:
-        return load_file(folder / WEIGHTS)
+        return load_file(folder / name)
     except FileNotFoundError:
-        raise ValueError(f"no weights in {folder}: {WEIGHTS} is missing") from None
+        raise ValueError(f"no weights in {folder}: {name} is missing") from None
     except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is broken ({error}); was the copy cut short?") from error
+        raise ValueError(f"{folder / name} is broken ({error}); was the copy cut short?") from error
 
 
 def plain(value: Any) -> Any:
@@ -264,11 +294,12 @@ def card(built: Built) -> str:
     """A model card: what it is, and the command that uses it."""
     bridge, recipe = built.model.bridge, built.recipe
     names = [tower.name for tower in towers_of(built).values()]
-    trained = sum(p.numel() for p in bridge.parameters() if p.requires_grad)
+    number = sum(p.numel() for p in trained(built))
+    kind = f"`{recipe.bridge['name']}`" + (" and LoRA on the language model" if recipe.lora else "")
     return (
         f"---\nlibrary_name: mm-bridges\nbase_model: [{', '.join(names)}]\n---\n\n"
         f"# A bridge {'from ' + ' to '.join(names) if len(names) > 1 else 'on ' + names[0]}\n\n"
-        f"`{recipe.bridge['name']}`, {trained:,} trained parameters, {bridge.num_slots} slots an image, "
+        f"{kind}, {number:,} trained parameters, {bridge.num_slots} slots an image, "
         f"{recipe.train.steps} steps of {recipe.train.batch} on `{recipe.data.source}`. "
         "The towers are frozen and not in here.\n\n"
         f"```\nbridges {'retrieve . --images FOLDER --text TEXT' if recipe.objectives else 'chat .'}\n```\n"

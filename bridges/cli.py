@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from inspect import Parameter, signature
+from inspect import signature
 from pathlib import Path
 from typing import Literal
 
@@ -194,6 +194,19 @@ def train(recipe: str, overrides: list[str], resume: bool = False, engine: str |
     Console().print(f"done: bridges evaluate {output}   bridges {use} {output}", highlight=False)
 
 
+def merge(checkpoint: str, output: str) -> None:
+    """Fold a checkpoint's LoRA into its language model: a model in transformers' format, and the checkpoint with it.
+
+    Args:
+        checkpoint: folder that `bridges train` made with a recipe that has lora
+        output: folder to write; the language model is in `language` there
+    """
+    from bridges.merge import merge
+
+    folder = merge(checkpoint, output)
+    Console().print(f"done: {folder}   bridges chat {output}", highlight=False)
+
+
 def inspect(recipe: str, overrides: list[str], samples: int = 3) -> None:
     """Print samples as the language model will see them, picture slots and targets coloured, before paying for a run.
 
@@ -223,7 +236,7 @@ def benchmark(what: Literal["chat"], checkpoint: str, rounds: int = 5, image: li
 
 
 VERBS: dict[str, Callable[..., None]] = {
-    v.__name__: v for v in (demo, train, evaluate, generate, chat, retrieve, fewshot, inspect, benchmark)
+    v.__name__: v for v in (demo, train, evaluate, generate, chat, retrieve, fewshot, inspect, merge, benchmark)
 }
 
 
@@ -245,11 +258,12 @@ def parser() -> ArgumentParser:
             one.add_argument(f"--{key}", action="append", default=[], help=told[key])
         for key in switches:
             one.add_argument(f"--{key}", action="store_true", help=told[key])
-        by_hand: set[str | int] = {*several, *switches, "overrides", "prompt"}
+        needed = [key for key, p in signature(verb).parameters.items() if p.default is p.empty]
+        required = [key for key in needed if key in ("prompt", "output")]
+        by_hand: set[str | int] = {*several, *switches, "overrides", *required}
         one.add_function_arguments(verb, as_group=False, as_positional=True, skip=by_hand)
-        if "prompt" in told:
-            needed = signature(verb).parameters["prompt"].default is Parameter.empty
-            one.add_argument("--prompt", required=needed, help=told["prompt"])
+        for key in required:
+            one.add_argument(f"--{key}", required=True, help=told[key])
         verbs.add_subcommand(name, one, help=doc.short_description)
     return top
 

@@ -37,8 +37,30 @@ class Language:
     """`chat` (the tokenizer's own), `plain`, `vicuna0`, `vicuna`, `t5`, or a Jinja text."""
     system: str | None = None
     """What the system turn says in training and in chat; by default what the template itself says."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Keep its linear layers in 8 bits, or in 4 (NormalFloat, quantized twice), with bitsandbytes (extra `[quant]`)."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+
+
+@dataclass
+class Lora:
+    """Small matrices beside the frozen linear layers of the language model, which train with the bridge."""
+
+    targets: list[str] = field(default_factory=list)
+    """Names of linear layers, such as [q_proj, v_proj]; by default all but the head."""
+    rank: int = 16
+    """Rank of what is added to a layer's weight."""
+    alpha: int = 32
+    """What is added is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Of what enters the small matrices, in training."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+    dora: bool = False
+    """Also learn the size of every column of the weight (arXiv 2402.09353)."""
+    lr: float | None = None
+    """Its peak learning rate; by default the bridge's."""
 
 
 @dataclass
@@ -126,6 +148,8 @@ class Recipe:
     """The frozen language model."""
     bridge: dict[str, Any] = field(default_factory=lambda: {"name": "projector"})
     """`name` of a file in bridges/ (or of your own module, with a dot) and its options."""
+    lora: Lora | None = None
+    """LoRA on the language model (extra `[lora]`); by default it stays as it is."""
     start: str | None = None
     """Checkpoint whose bridge is the starting point; or a BLIP-2 or InstructBLIP saved by transformers; or a recipe
     (`.yaml`), which is run first unless that is done."""
@@ -199,9 +223,15 @@ def known_keys(schema: Any, prefix: str = "") -> list[str]:
     """Dotted names of everything that a recipe may say."""
     keys = []
     for entry in fields(schema):
-        kind: Any = entry.type
-        keys += known_keys(kind, f"{prefix}{entry.name}.") if is_dataclass(kind) else [f"{prefix}{entry.name}"]
+        inner = section(entry.type)
+        keys += known_keys(inner, f"{prefix}{entry.name}.") if inner else [f"{prefix}{entry.name}"]
     return keys
+
+
+def section(kind: Any) -> Any:
+    """The dataclass whose keys a key holds, which may be optional; None where it holds a value, or a list."""
+    kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
+    return next((k for k in kinds if is_dataclass(k)), None)
 
 
 def refuse_unknown(given: dict[str, Any], schema: type, source: str, prefix: str = "") -> None:
@@ -213,13 +243,13 @@ def refuse_unknown(given: dict[str, Any], schema: type, source: str, prefix: str
             hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(known)}"
             raise ValueError(f"{source}: unknown key {prefix}{key}; {hint}")
         inner = known[key]
-        if isinstance(inner, type) and is_dataclass(inner):
+        if (part := section(inner)) and not (value is None and part is not inner):
             if not isinstance(value, dict):
                 raise ValueError(
-                    f"{source}: {prefix}{key} should hold keys such as {fields(inner)[0].name}, not {value!r}"
+                    f"{source}: {prefix}{key} should hold keys such as {fields(part)[0].name}, not {value!r}"
                 )
-            refuse_unknown(value, inner, source, f"{prefix}{key}.")
-        elif isinstance(value, list) and (kind := next(iter(get_args(inner)), None)) and is_dataclass(kind):
+            refuse_unknown(value, part, source, f"{prefix}{key}.")
+        elif isinstance(value, list) and (kind := next(map(section, get_args(inner)), None)):
             for entry in value:
                 if not isinstance(entry, dict):
                     first = fields(kind)[0].name

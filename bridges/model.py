@@ -29,7 +29,10 @@ class Prefix:
 
 
 class BridgedModel(nn.Module):
-    """A frozen vision tower, a bridge, a frozen language tower. All that trains is under `bridge`."""
+    """A frozen vision tower, a bridge, a frozen language tower.
+
+    All that trains is under `bridge`, and in the `adapters` of the language tower, if it has any.
+    """
 
     def __init__(self, vision: VisionTower, bridge: Bridge, language: LanguageTower, image_token_id: int) -> None:
         super().__init__()
@@ -182,8 +185,9 @@ class BridgedModel(nn.Module):
         self, input_ids: Tensor, segments: Tensor, positions: Tensor, at: tuple[Tensor, Tensor]
     ) -> int:
         """How many first columns are the same text in every row, so that their keys and values are a constant."""
-        if not self.keeps_prefix or self.bridge.blocks or not self.language.shares(int(positions.max()) + 1):
-            return 0  # blocks train, and work on all text
+        trains = self.bridge.blocks or (self.language.adapters and torch.is_grad_enabled())
+        if not self.keeps_prefix or trains or not self.language.shares(int(positions.max()) + 1):
+            return 0  # blocks and adapters train, and work on all text
         if self.language.gradient_checkpointing:
             return 0  # what is computed again would be cached again
         same = (input_ids == input_ids[0]) & (input_ids != self.image_token_id) & (segments == SHARED)
@@ -193,9 +197,12 @@ class BridgedModel(nn.Module):
 
     @torch.no_grad()
     def _prefix_cache(self, ids: Int[Tensor, "p"], rows: int) -> Cache:
-        """A fresh cache that holds the prefix for each of `rows` rows; its content is kept from step to step."""
+        """A fresh cache that holds the prefix for each of `rows` rows.
+
+        Its content is kept from call to call, but where an adapter may have been trained in between.
+        """
         key = tuple(ids.tolist())
-        if self._prefix.ids != key:
+        if self._prefix.ids != key or self.language.adapters:
             cache = self.language.empty_cache()
             steps = torch.arange(len(ids), device=ids.device)[None]
             none = ids.new_zeros(0)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from bridges.checkpoint import Assembled, Built, Paired, load, load_pairs, recipe_of, towers_of
+from bridges.checkpoint import Assembled, Built, Paired, load, load_pairs, recipe_of, towers_of, trained
 from bridges.data.conversation import images_of
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split
@@ -109,7 +109,7 @@ def report(folder: Path, built: Built, table: dict[str, Any], shown: Sequence[Sh
         **{f"{kind.capitalize()} tower": tower.name for kind, tower in towers.items()},
         "Bridge": f"{recipe.bridge['name']}, {bridge.num_slots} slots an image",
         **({"Objectives": ", ".join(recipe.objectives)} if recipe.objectives else {}),
-        "Trained": f"{sum(p.numel() for p in bridge.parameters()):,} parameters; the towers are frozen",
+        "Trained": f"{sum(p.numel() for p in trained(built)):,} parameters; the towers are frozen",
         "Steps": f"{recipe.train.steps} of {recipe.train.batch} pictures, {took / 60:.1f} minutes",
         "Data": recipe.data.source,
     }

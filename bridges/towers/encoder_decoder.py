@@ -9,14 +9,18 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache, Encode
 
 from bridges.towers.bundled import resolve
 from bridges.towers.language import LanguageTower, explained
+from bridges.towers.quantized import Bits
 
 
-def language_tower(name_or_path: str, revision: str | None = None) -> LanguageTower:
+def language_tower(
+    name_or_path: str, revision: str | None = None, dtype: torch.dtype | None = None, quantized: Bits | None = None
+) -> LanguageTower:
     """The tower that fits the model: of one half, or of two. Raises ValueError where there is no language model."""
     path = resolve(name_or_path)
     with explained(f"no language model in {name_or_path!r}"):
         config = AutoConfig.from_pretrained(path, revision=revision)
-    return (EncoderDecoderTower if config.is_encoder_decoder else LanguageTower)(name_or_path, revision)
+    kind = EncoderDecoderTower if config.is_encoder_decoder else LanguageTower
+    return kind(name_or_path, revision, dtype, quantized)
 
 
 class Heard(EncoderDecoderCache):
@@ -39,8 +43,14 @@ class EncoderDecoderTower(LanguageTower):
     kind = "encoder-decoder language model"
     has_encoder = True
 
-    def __init__(self, name_or_path: str, revision: str | None = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__(name_or_path, revision, dtype)
+    def __init__(
+        self,
+        name_or_path: str,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        quantized: Bits | None = None,
+    ) -> None:
+        super().__init__(name_or_path, revision, dtype, quantized)
         if getattr(self.model.config, "relative_attention_num_buckets", None) is None:
             raise ValueError(
                 f"{name_or_path} is a {self.model.config.model_type}; of encoder-decoders only those built like T5 are "

@@ -17,13 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache,
 from bridges.sight import Sight
 from bridges.towers.bundled import quiet_transformers, resolve
 from bridges.towers.precision import fastest_dtype
+from bridges.towers.quantized import Bits, quantize
 
 
 class LanguageTower(nn.Module):
     """A causal language model, frozen for ever: no gradient in its weights, no dropout, whatever `train()` says.
 
     `dim` is the width of its embeddings, `num_layers` how many layers it has, `context` how many positions it knows,
-    `window` how far its shortest-sighted layer looks back (None: everywhere).
+    `window` how far its shortest-sighted layer looks back (None: everywhere). Its linear layers may be `quantized`.
+    `adapters` are peft's layers within it, which train; mostly there are none.
     Raises ValueError where there is no such model, or no causal LM in it.
     """
 
@@ -32,7 +34,13 @@ class LanguageTower(nn.Module):
     has_encoder = False
     """Whether an encoder reads what stands before an answer, in both directions: none of it is kept for the next."""
 
-    def __init__(self, name_or_path: str, revision: str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        name_or_path: str,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        quantized: Bits | None = None,
+    ) -> None:
         super().__init__()
         self.name, path = name_or_path, str(resolve(name_or_path))
         with explained(f"no {self.kind} in {name_or_path!r}"):
@@ -46,6 +54,8 @@ class LanguageTower(nn.Module):
             raise ValueError(f"{name_or_path} lacks {len(missing)} weights of the language model, such as {missing[0]}")
         self.requires_grad_(False)
         self._fingerprint = fingerprint(self.model)
+        self.quantized = quantize(self.model, quantized) if quantized else []
+        self.adapters: list[Any] = []
         self.train(False)
         text = self.model.config.get_text_config()
         self.num_layers: int = text.num_hidden_layers
@@ -75,9 +85,15 @@ class LanguageTower(nn.Module):
         for layer in self.layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
-    def train(self, mode: bool = True) -> "LanguageTower":  # noqa: ARG002
-        """Frozen is frozen: dropout stays asleep."""
-        return super().train(False)
+    def train(self, mode: bool = True) -> "LanguageTower":
+        """Frozen is frozen: dropout stays asleep, but for that of the adapter."""
+        super().train(False)
+        for layer in self.quantized:
+            layer.training = True  # asleep, bitsandbytes packs it for some CPUs in a way that passes no gradient
+        for layer in self.adapters:
+            layer.training = mode
+            layer.lora_dropout.train(mode)
+        return self
 
     def default_dtype(self) -> torch.dtype:
         """What this machine runs fastest."""
@@ -160,7 +176,8 @@ class LanguageTower(nn.Module):
     def fingerprint(self) -> str:
         """Twelve hex digits that tell this model's weights from another's: a strided sample of every tensor.
 
-        Compared as bfloat16, because a model trained beside in bf16 may be talked to in fp32; and as they were read.
+        Compared as bfloat16, because a model trained beside in bf16 may be talked to in fp32; and as they were read,
+        before they were quantized or had an adapter.
         """
         return self._fingerprint
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from bridges.checkpoint import CONFIG
+from bridges.checkpoint import CONFIG, trained
 from bridges.config import Recipe, Train, read_recipe
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split
@@ -40,14 +40,19 @@ def train(recipe: Recipe, resume: bool = False, engine: str | None = None) -> Pa
     prepare_output(output, needed=0)
     stage = open_stage(recipe)
     model: Any = stage.built.model.to(accelerator.device).train()
-    prepare_output(output, needed=20 * sum(p.numel() for p in model.bridge.parameters()))
+    prepare_output(output, needed=20 * sum(p.numel() for p in trained(stage.built)))
     sources = open_sources(recipe)
     sizes = [(source.name, len(source.data)) for source in sources]
     refuse_equal_captions(stage, sources[0].data)
     held = validation_batch(stage, min(settings.evaluate_size, settings.batch * 4))
     first, moments = restore(stage.built, sizes) if resume else (0, {})
     accelerator.wait_for_everyone()
-    optimizer = torch.optim.AdamW(parameter_groups(model.bridge, settings), lr=settings.lr, betas=settings.betas)
+    groups = parameter_groups(model.bridge, settings)
+    peaks = [settings.lr] * len(groups)
+    if recipe.lora is not None:
+        beside = parameter_groups(nn.ModuleList(model.language.adapters), settings)
+        groups, peaks = groups + beside, peaks + [recipe.lora.lr or settings.lr] * len(beside)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
 
     with Display(stage.built, first, accelerator) as display, interruptible() as stop:
         run = open_engine(accelerator, model, optimizer, zero)
@@ -57,8 +62,8 @@ def train(recipe: Recipe, resume: bool = False, engine: str | None = None) -> Pa
         asked = False
         feed = prefetched(stage, sources, first, accelerator.process_index, accelerator.num_processes)
         for step, shares in enumerate(feed, start=first + 1):
-            for group in run.optimizer.param_groups:
-                group["lr"] = learning_rate(step, settings)
+            for group, peak in zip(run.optimizer.param_groups, peaks, strict=True):
+                group["lr"] = learning_rate(step, replace(settings, lr=peak))
             seed_step(settings.seed, step, accelerator.process_index)
             figures = train_step(run, shares, settings.clip, stage.loss)
             display.advance(step, figures, run.optimizer.param_groups[0]["lr"])
@@ -153,8 +158,8 @@ def first_broken(model: Any, batch: Any, objective: Loss) -> str:
         hook.remove()
     if broken:
         return f"the first module with such an output is {broken[0]}; lower train.lr or look at this batch's pictures"
-    gradients = [n for n, p in model.bridge.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    return f"the gradient of bridge.{gradients[0] if gradients else '?'} is not finite; lower train.lr"
+    gradients = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    return f"the gradient of {gradients[0] if gradients else '?'} is not finite; lower train.lr"
 
 
 def validation_batch(stage: Stage, size: int) -> Any:
@@ -180,15 +185,17 @@ def summed(accelerator: Accelerator, value: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, settings: Train) -> float:
-    """Linear warm-up, then a cosine down to `min_lr` at the last step; `step` counts from 1."""
+    """Linear warm-up, then a cosine down to `min_lr` (not up to it) at the last step; `step` counts from 1."""
     if step <= settings.warmup:
         return settings.lr * step / settings.warmup
     done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    least = min(settings.min_lr, settings.lr)
+    return least + (settings.lr - least) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def parameter_groups(bridge: nn.Module, settings: Train) -> list[dict[str, Any]]:
-    """Weight decay on matrices only: biases, norms and gates are left alone."""
-    trained = [p for p in bridge.parameters() if p.requires_grad]
-    matrices, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    return [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+def parameter_groups(part: nn.Module, settings: Train) -> list[dict[str, Any]]:
+    """What trains of the bridge, or of the adapter. Weight decay on matrices only: biases, norms and gates are left
+    alone."""
+    own = [p for p in part.parameters() if p.requires_grad]
+    kinds = [([p for p in own if p.ndim > 1], settings.weight_decay), ([p for p in own if p.ndim <= 1], 0.0)]
+    return [{"params": some, "weight_decay": decay} for some, decay in kinds if some]

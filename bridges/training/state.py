@@ -3,13 +3,23 @@
 import io
 import shutil
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bridges.checkpoint import Built, check_towers, load_weights, plain, read_config, save_checkpoint
-from bridges.config import Recipe
+from bridges.checkpoint import (
+    Assembled,
+    Built,
+    check_towers,
+    load_adapter,
+    load_weights,
+    plain,
+    read_config,
+    save_checkpoint,
+)
+from bridges.config import Lora, Recipe
 from bridges.files import finish, replacing, write
 from bridges.training.engine import Engine, Moments
 
@@ -53,6 +63,8 @@ def restore(built: Built, sizes: Sequence[tuple[str, int]]) -> tuple[int, Moment
                 f"{output} was trained with {was} examples of {name}, now there are {size}; resume needs the same"
             )
     load_weights(built.model.bridge, output)
+    if built.recipe.lora is not None and isinstance(built, Assembled):
+        load_adapter(built.model.language, output)
     return state["step"], state["optimizer"]
 
 
@@ -77,6 +89,7 @@ def refuse_other_recipe(output: Path, config: dict, recipe: Recipe) -> None:
         "data": plain(vars(recipe.data)),
         "language": vars(recipe.language),
         "vision": vars(recipe.vision),
+        "lora": vars(recipe.lora) if recipe.lora else dict.fromkeys(f.name for f in fields(Lora)),
         "objectives": recipe.objectives,
         **{f"also.{number}": plain(vars(data)) for number, data in enumerate(recipe.also)},
         "train": {k: plain(v) for k, v in vars(recipe.train).items() if k not in free},
@@ -86,6 +99,7 @@ def refuse_other_recipe(output: Path, config: dict, recipe: Recipe) -> None:
             f"{output} was trained with {len(config['also'])} data beside the first (also), the recipe has "
             f"{len(recipe.also)}; resume needs the same"
         )
+    config = {**config, "lora": config.get("lora") or {}}
     config = {**config, **{f"also.{number}": data for number, data in enumerate(config["also"])}}
     for part, values in now.items():
         for key, value in values.items():

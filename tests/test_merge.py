@@ -1,0 +1,62 @@
+"""A merged model says what the adapted one said, and is a model like any other."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from test_adapter import LORA, batch_of, disturb, examples
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bridges import adapter
+from bridges.checkpoint import CONFIG, WEIGHTS, build, load, save_checkpoint
+from bridges.config import Lora, Recipe
+from bridges.merge import LANGUAGE, merge
+from bridges.objectives.language import target_nll
+
+
+@pytest.mark.parametrize("lora", [LORA, Lora(rank=2, rslora=True, dora=True)], ids=["lora", "dora"])
+@torch.no_grad()
+def test_logits_before_and_after_agree(recipe: Recipe, pictures: list[Image.Image], tmp_path: Path, lora: Lora) -> None:
+    recipe.lora = lora
+    before = build(recipe)
+    disturb(before.model.language)
+    save_checkpoint(Path(recipe.output), before)
+    folder = merge(recipe.output, tmp_path / "merged")
+    after = load(tmp_path / "merged")
+    assert (after.recipe.lora, after.model.language.adapters) == (None, [])
+    assert after.recipe.language.name == str(folder) == str(tmp_path / "merged" / LANGUAGE)
+    batch = batch_of(before, examples(pictures))
+    torch.testing.assert_close(target_nll(after.model, batch), target_nll(before.model, batch), atol=1e-5, rtol=1e-5)
+    assert after.model.language.fingerprint() != before.model.language.fingerprint()
+    assert {p.name for p in (tmp_path / "merged").iterdir()} == {LANGUAGE, CONFIG, WEIGHTS, "README.md"}
+
+
+@torch.no_grad()
+def test_the_language_model_opens_without_us(recipe: Recipe, tiny_llama: Path, tmp_path: Path) -> None:
+    recipe.lora = LORA
+    before = build(recipe)
+    disturb(before.model.language)
+    save_checkpoint(Path(recipe.output), before)
+    folder = merge(recipe.output, tmp_path / "merged")
+    ids = AutoTokenizer.from_pretrained(folder)("There is a cat", return_tensors="pt").input_ids
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(base, str(Path(recipe.output) / adapter.FOLDER))
+    torch.testing.assert_close(merged(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_merged_is_refused_before_anything_is_written(
+    recipe: Recipe, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="has no adapter to fold in: it was trained without lora"):
+        merge(tiny_checkpoint, tmp_path / "merged")
+    recipe.lora, recipe.output = LORA, recipe.output + "2"
+    save_checkpoint(Path(recipe.output), build(recipe))
+    with pytest.raises(ValueError, match=r"already holds a checkpoint or a language model; name another --output"):
+        merge(recipe.output, recipe.output)
+    (Path(recipe.output) / adapter.WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is missing"):
+        merge(recipe.output, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
