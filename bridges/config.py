@@ -45,7 +45,10 @@ class Data:
 
     source: str = "scenes"
     """`scenes`; or `scenes:documents`, texts with several pictures; or a path: JSON lines of chats or documents, LLaVA
-    JSON, CSV or folder of pictures with captions."""
+    JSON, COCO, VQAv2, CSV, Parquet, `shard-{0000..0012}.tar` or folder of pictures with captions; or a name on the hub."""
+    format: str | None = None
+    """Layout of the source, which is otherwise seen from the data: `messages`, `prompt`, `llava`, `sharegpt`, `cauldron`,
+    `document`, `obelics`, `mmc4`, `captions`, `questions`, `coco`, `karpathy`, `vqav2`, `minigpt4`."""
     images: str | None = None
     """Folder that the paths of pictures start from; by default the folder of the file."""
     validation: str | None = None
