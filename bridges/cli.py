@@ -176,17 +176,19 @@ def train(recipe: str, overrides: list[str], resume: bool = False) -> None:
     Console().print(f"done: bridges evaluate {output}   bridges {use} {output}", highlight=False)
 
 
-def inspect(recipe: str, overrides: list[str], samples: int = 3) -> None:
-    """Print samples as the language model will see them, picture slots and targets coloured, before paying for a run.
+def inspect(recipe: str, overrides: list[str], samples: int = 3, rows: int = 200, html: str = "inspect.html") -> None:
+    """Show samples as the language model will see them, slots and targets coloured, and count, before paying for a run.
 
     Args:
-        recipe: YAML file, or the name of one that comes with the library
-        samples: how many examples
+        recipe: YAML file, or the name of one that comes with the library; or data alone, for the bundled towers
+        samples: how many examples to show
+        rows: how many examples, from all over the data, to count over
+        html: the page to write, with pictures
     """
-    from bridges.config import read_recipe
+    from bridges.config import recipe_or_data
     from bridges.training.inspection import inspect
 
-    inspect(read_recipe(recipe, overrides), samples)
+    inspect(recipe_or_data(recipe, overrides), samples, rows, Path(html))
 
 
 VERBS: dict[str, Callable[..., None]] = {

@@ -45,9 +45,9 @@ class Data:
 
     source: str = "scenes"
     """`scenes`; or `scenes:documents`, texts with several pictures; or a path: JSON lines of chats or documents, LLaVA
-    JSON, COCO, VQAv2, CSV, Parquet, `shard-{0000..0012}.tar` or folder of pictures with captions; or a name on the hub."""
+    JSON, COCO, VQAv2, CSV, Parquet, `s-{0000..0012}.tar` or folder of pictures with captions; or a name on the hub."""
     format: str | None = None
-    """Layout of the source, which is otherwise seen from the data: `messages`, `prompt`, `llava`, `sharegpt`, `cauldron`,
+    """Layout of the source, otherwise seen from the data: `messages`, `prompt`, `llava`, `sharegpt`, `cauldron`,
     `document`, `obelics`, `mmc4`, `captions`, `questions`, `coco`, `karpathy`, `vqav2`, `minigpt4`."""
     images: str | None = None
     """Folder that the paths of pictures start from; by default the folder of the file."""
@@ -159,6 +159,14 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(given, dict):
         raise ValueError(f"{path} is no recipe: it should hold keys such as output, bridge, train")
     return recipe_from(given, overrides, source=str(path))
+
+
+def recipe_or_data(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe; or where `name` is data, one with all else at its default. ValueError as `read_recipe`."""
+    path = find_recipe(name)
+    if path.suffix in (".yaml", ".yml") or (not path.exists() and "/" not in name and "{" not in name):
+        return read_recipe(name, overrides)
+    return recipe_from({"output": "runs/inspected", "data": {"source": name}}, overrides, source=name)
 
 
 def find_recipe(name: str | Path) -> Path:
