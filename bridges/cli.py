@@ -191,8 +191,15 @@ def inspect(recipe: str, overrides: list[str], samples: int = 3, rows: int = 200
     inspect(recipe_or_data(recipe, overrides), samples, rows, Path(html))
 
 
+def doctor() -> None:
+    """Say what this machine has, what is missing for which recipe, and what the caches hold."""
+    from bridges.doctor import doctor
+
+    doctor()
+
+
 VERBS: dict[str, Callable[..., None]] = {
-    v.__name__: v for v in (demo, train, evaluate, generate, chat, retrieve, fewshot, inspect)
+    v.__name__: v for v in (demo, train, evaluate, generate, chat, retrieve, fewshot, inspect, doctor)
 }
 
 
