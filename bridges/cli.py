@@ -191,6 +191,19 @@ def inspect(recipe: str, overrides: list[str], samples: int = 3, rows: int = 200
     inspect(recipe_or_data(recipe, overrides), samples, rows, Path(html))
 
 
+def plan(recipe: str, overrides: list[str], gpu: str | None = None) -> None:
+    """Say what a run takes: parameters, memory, tokens, steps, time, what choices cost. Computes two small steps.
+
+    Args:
+        recipe: YAML file, or the name of one that comes with the library; or data alone, for the bundled towers
+        gpu: memory of the GPU that is meant, such as 24GB
+    """
+    from bridges.config import recipe_or_data
+    from bridges.training.plan import plan
+
+    plan(recipe_or_data(recipe, overrides), gpu)
+
+
 def doctor() -> None:
     """Say what this machine has, what is missing for which recipe, and what the caches hold."""
     from bridges.doctor import doctor
@@ -199,8 +212,11 @@ def doctor() -> None:
 
 
 VERBS: dict[str, Callable[..., None]] = {
-    v.__name__: v for v in (demo, train, evaluate, generate, chat, retrieve, fewshot, inspect, doctor)
+    v.__name__: v for v in (demo, train, evaluate, generate, chat, retrieve, fewshot, inspect, plan, doctor)
 }
+
+
+TAKE_OVERRIDES = {name for name, verb in VERBS.items() if "overrides" in signature(verb).parameters}
 
 
 def parser() -> ArgumentParser:
@@ -251,11 +267,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     overrides: list[str] = []
     try:
-        if arguments[:1] and arguments[0] in ("train", "inspect"):
+        if arguments[:1] and arguments[0] in TAKE_OVERRIDES:
             arguments, overrides = split_overrides(arguments)
         options = parser().parse_args(arguments or ["--help"]).as_dict()
         verb = options["verb"]
-        given = {**options[verb], **({"overrides": overrides} if overrides or verb in ("train", "inspect") else {})}
+        given = {**options[verb], **({"overrides": overrides} if overrides or verb in TAKE_OVERRIDES else {})}
         VERBS[verb](**given)
     except (ValueError, ArgumentError) as error:
         sys.exit(complain(error))
