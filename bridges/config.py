@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -21,6 +21,9 @@ class Vision:
     """Which layer's features the bridge reads; LLaVA reads -2."""
     keep_cls: bool = False
     """Keep the CLS token beside the patches."""
+    image_mode: Literal["resize", "pad", "crop"] | None = None
+    """`resize` squashes a whole picture into the encoder's shape, `pad` puts it on a canvas, `crop` takes its middle;
+    by default its own processor decides."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
 

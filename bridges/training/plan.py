@@ -32,10 +32,15 @@ UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 @dataclass(frozen=True)
 class Step:
-    """What one step takes: `transient` bytes beyond what is always there, seconds."""
+    """What one step takes: bytes beyond what is always there, while it computes and while AdamW steps; seconds."""
 
-    transient: int
+    compute: int
+    update: int
     seconds: float
+
+    @property
+    def transient(self) -> int:
+        return max(self.compute, self.update)
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,9 @@ class Plan:
     """Bytes of what trains: its weights and AdamW's two moments. Gradients come and go with a step."""
     once: float
     each: float
-    """Bytes of a step that are there once, and that each example of a micro-batch adds."""
+    """Bytes of computing a step that are there once, and that each example of a micro-batch adds."""
+    update: int
+    """Bytes of gradients and of what AdamW makes beside them, after that."""
     positions: float
     slots: int
     targets: float
@@ -60,7 +67,7 @@ class Plan:
 
     def memory(self, micro_batch: int) -> float:
         """Bytes at the peak of a step with micro-batches of this size."""
-        return self.weights + self.state + self.once + self.each * micro_batch
+        return self.weights + self.state + max(self.update, self.once + self.each * micro_batch)
 
 
 def plan_of(recipe: Recipe, stage: Stage | None = None) -> Plan:
@@ -70,7 +77,7 @@ def plan_of(recipe: Recipe, stage: Stage | None = None) -> Plan:
     model: Any = stage.built.model
     model.train()
     small, large = (measure(stage, [data[i % len(data)] for i in range(count)]) for count in PROBES)
-    each = max(0.0, (large.transient - small.transient) / (PROBES[1] - PROBES[0]))
+    each = max(0.0, (large.compute - small.compute) / (PROBES[1] - PROBES[0]))
     batch = stage.batch([data[i] for i in range(min(32, len(data)))])
     count = min(32, len(data))
     return Plan(
@@ -78,8 +85,9 @@ def plan_of(recipe: Recipe, stage: Stage | None = None) -> Plan:
         frozen={tower.name: sum(p.numel() for p in tower.parameters()) for tower in towers_of(stage.built).values()},
         weights=float(sum(bytes_of(tower) for tower in towers_of(stage.built).values())),
         state=state_of(model.bridge),
-        once=max(0.0, small.transient - PROBES[0] * each),
+        once=max(0.0, small.compute - PROBES[0] * each),
         each=each,
+        update=large.update,
         positions=int((batch.segments >= 0).sum()) / count if isinstance(batch, Batch) else float(batch.ids.shape[1]),
         slots=getattr(model.bridge, "num_slots", 0),
         targets=batch.num_targets / count,
@@ -94,17 +102,18 @@ def measure(stage: Stage, examples: Sequence[Any]) -> Step:
     optimizer = torch.optim.AdamW(parameter_groups(model.bridge, stage.built.recipe.train), lr=0.0)
     batch = stage.batch(examples)
 
-    def step() -> None:
-        loss, _ = stage.loss(model, batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def compute() -> None:
+        stage.loss(model, batch)[0].backward()
 
-    step()
+    compute()
+    optimizer.step()
+    optimizer.zero_grad()
     began = time.perf_counter()
-    step()
-    seconds = time.perf_counter() - began
-    found = Step(peak(step), seconds)
+    computing = peak(compute)
+    gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.bridge.parameters() if p.grad is not None)
+    updating = gradients + peak(optimizer.step)
+    found = Step(computing, updating, time.perf_counter() - began)
+    optimizer.zero_grad()
     model.bridge.load_state_dict(kept)
     return found
 
@@ -161,6 +170,8 @@ def plan(recipe: Recipe, gpu: str | None = None) -> None:
     console.print(table)
     if limit:
         most = int((limit / 1.1 - half.weights - half.state - half.once) // max(half.each, 1))
+
+        most = 0 if half.memory(1) * 1.1 > limit else most
         told = f"micro-batches up to {most}" if most > 0 else "not even one example: choose smaller towers"
         console.print(f"\na GPU of {gpu}, a tenth of it kept free, takes {told}", highlight=False)
 
