@@ -76,7 +76,7 @@ def plan_of(recipe: Recipe, stage: Stage | None = None) -> Plan:
     data = SkipBroken(open_split(recipe.data, "train"))
     model: Any = stage.built.model
     model.train()
-    small, large = (measure(stage, [data[i % len(data)] for i in range(count)]) for count in PROBES)
+    small, large = (measure(stage, [data[i % len(data)] for i in range(count)], drop=True) for count in PROBES)
     each = max(0.0, (large.compute - small.compute) / (PROBES[1] - PROBES[0]))
     batch = stage.batch([data[i] for i in range(min(32, len(data)))])
     count = min(32, len(data))
@@ -95,8 +95,11 @@ def plan_of(recipe: Recipe, stage: Stage | None = None) -> Plan:
     )
 
 
-def measure(stage: Stage, examples: Sequence[Any]) -> Step:
-    """One micro-batch forward and backward, and AdamW's step, the second of two: the first makes AdamW's moments."""
+def measure(stage: Stage, examples: Sequence[Any], drop: bool = False) -> Step:
+    """One micro-batch forward and backward, and AdamW's step, the second of two: the first makes AdamW's moments.
+
+    With `drop`, `compute` leaves out the gradients: they grow as activations go, and hide them where there are few.
+    """
     model: Any = stage.built.model
     kept = {name: tensor.clone() for name, tensor in model.bridge.state_dict().items()}
     optimizer = torch.optim.AdamW(parameter_groups(model.bridge, stage.built.recipe.train), lr=0.0)
@@ -112,8 +115,15 @@ def measure(stage: Stage, examples: Sequence[Any]) -> Step:
     computing = peak(compute)
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.bridge.parameters() if p.grad is not None)
     updating = gradients + peak(optimizer.step)
-    found = Step(computing, updating, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
     optimizer.zero_grad()
+    if drop:
+        trained = [p for p in model.bridge.parameters() if p.requires_grad]
+        hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in trained]
+        computing = peak(compute)
+        for hook in hooks:
+            hook.remove()
+    found = Step(computing, updating, seconds)
     model.bridge.load_state_dict(kept)
     return found
 
