@@ -100,7 +100,8 @@ def build_pairs(recipe: Recipe, fresh: bool = True) -> Paired:
 
 
 def vision_tower(recipe: Recipe) -> VisionTower:
-    return VisionTower(recipe.vision.name, recipe.vision.layer, recipe.vision.keep_cls, recipe.vision.revision)
+    chosen = recipe.vision
+    return VisionTower(chosen.name, chosen.layer, chosen.keep_cls, chosen.revision, image_mode=chosen.image_mode)
 
 
 def start_from(start: str | None, built: Built) -> None:

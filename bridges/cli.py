@@ -207,17 +207,39 @@ def merge(checkpoint: str, output: str) -> None:
     Console().print(f"done: {folder}   bridges chat {output}", highlight=False)
 
 
-def inspect(recipe: str, overrides: list[str], samples: int = 3) -> None:
-    """Print samples as the language model will see them, picture slots and targets coloured, before paying for a run.
+def inspect(recipe: str, overrides: list[str], samples: int = 3, rows: int = 200, html: str = "inspect.html") -> None:
+    """Show samples as the language model will see them, slots and targets coloured, and count, before paying for a run.
 
     Args:
-        recipe: YAML file, or the name of one that comes with the library
-        samples: how many examples
+        recipe: YAML file, or the name of one that comes with the library; or data alone, for the bundled towers
+        samples: how many examples to show
+        rows: how many examples, from all over the data, to count over
+        html: the page to write, with pictures
     """
-    from bridges.config import read_recipe
+    from bridges.config import recipe_or_data
     from bridges.training.inspection import inspect
 
-    inspect(read_recipe(recipe, overrides), samples)
+    inspect(recipe_or_data(recipe, overrides), samples, rows, Path(html))
+
+
+def plan(recipe: str, overrides: list[str], gpu: str | None = None) -> None:
+    """Say what a run takes: parameters, memory, tokens, steps, time, what choices cost. Computes two small steps.
+
+    Args:
+        recipe: YAML file, or the name of one that comes with the library; or data alone, for the bundled towers
+        gpu: memory of the GPU that is meant, such as 24GB
+    """
+    from bridges.config import recipe_or_data
+    from bridges.training.plan import plan
+
+    plan(recipe_or_data(recipe, overrides), gpu)
+
+
+def doctor() -> None:
+    """Say what this machine has, what is missing for which recipe, and what the caches hold."""
+    from bridges.doctor import doctor
+
+    doctor()
 
 
 def benchmark(what: Literal["chat"], checkpoint: str, rounds: int = 5, image: list[str] = []) -> None:
@@ -236,8 +258,12 @@ def benchmark(what: Literal["chat"], checkpoint: str, rounds: int = 5, image: li
 
 
 VERBS: dict[str, Callable[..., None]] = {
-    v.__name__: v for v in (demo, train, evaluate, generate, chat, retrieve, fewshot, inspect, merge, benchmark)
+    v.__name__: v
+    for v in (demo, train, evaluate, generate, chat, retrieve, fewshot, inspect, plan, doctor, merge, benchmark)
 }
+
+
+TAKE_OVERRIDES = {name for name, verb in VERBS.items() if "overrides" in signature(verb).parameters}
 
 
 def parser() -> ArgumentParser:
@@ -292,11 +318,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     overrides: list[str] = []
     try:
-        if arguments[:1] and arguments[0] in ("train", "inspect"):
+        if arguments[:1] and arguments[0] in TAKE_OVERRIDES:
             arguments, overrides = split_overrides(arguments)
         options = parser().parse_args(arguments or ["--help"]).as_dict()
         verb = options["verb"]
-        given = {**options[verb], **({"overrides": overrides} if overrides or verb in ("train", "inspect") else {})}
+        given = {**options[verb], **({"overrides": overrides} if overrides or verb in TAKE_OVERRIDES else {})}
         VERBS[verb](**given)
     except (ValueError, ArgumentError) as error:
         sys.exit(complain(error))

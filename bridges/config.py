@@ -23,6 +23,9 @@ class Vision:
     """Which layer's features the bridge reads; LLaVA reads -2."""
     keep_cls: bool = False
     """Keep the CLS token beside the patches."""
+    image_mode: Literal["resize", "pad", "crop"] | None = None
+    """`resize` squashes a whole picture into the encoder's shape, `pad` puts it on a canvas, `crop` takes its middle;
+    by default its own processor decides."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
 
@@ -69,7 +72,10 @@ class Data:
 
     source: str = "scenes"
     """`scenes`; or `scenes:documents`, texts with several pictures; or a path: JSON lines of chats or documents, LLaVA
-    JSON, CSV or folder of pictures with captions."""
+    JSON, COCO, VQAv2, CSV, Parquet, `s-{0000..0012}.tar` or folder of pictures with captions; or a name on the hub."""
+    format: str | None = None
+    """Layout of the source, otherwise seen from the data: `messages`, `prompt`, `llava`, `sharegpt`, `cauldron`,
+    `document`, `obelics`, `mmc4`, `captions`, `questions`, `coco`, `karpathy`, `vqav2`, `minigpt4`."""
     images: str | None = None
     """Folder that the paths of pictures start from; by default the folder of the file."""
     validation: str | None = None
@@ -187,6 +193,14 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(given, dict):
         raise ValueError(f"{path} is no recipe: it should hold keys such as output, bridge, train")
     return recipe_from(given, overrides, source=str(path))
+
+
+def recipe_or_data(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe; or where `name` is data, one with all else at its default. ValueError as `read_recipe`."""
+    path = find_recipe(name)
+    if path.suffix in (".yaml", ".yml") or (not path.exists() and "/" not in name and "{" not in name):
+        return read_recipe(name, overrides)
+    return recipe_from({"output": "runs/inspected", "data": {"source": name}}, overrides, source=name)
 
 
 def find_recipe(name: str | Path) -> Path:

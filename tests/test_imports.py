@@ -43,7 +43,7 @@ MAY: dict[str, set[str]] = {
     "interop": set(),
     "chat": {"checkpoint", "data", "files", "inference", "interrupt"},
 }
-WHOLE_HOUSE = {"cli", "demo", "benchmark"}  # may import all, and only the command line imports them
+WHOLE_HOUSE = {"cli", "demo", "benchmark", "doctor"}  # may import all, and only the command line imports them
 CLOSED = {"chat", "recipes", *WHOLE_HOUSE}
 
 BRIDGES = frozenset(bridge_names())

@@ -54,6 +54,8 @@ def open_picture(source: Path | str | bytes | Image.Image) -> Image.Image:
 
 def no_file(path: Path) -> str:
     """One line for a path that is not there: the first part of it that is missing, and the name nearest to that."""
+    if path.is_symlink():
+        return f"{path} is a symbolic link to nothing or to itself"
     absent = path
     while not absent.parent.exists():
         absent = absent.parent
@@ -135,7 +137,8 @@ class SkipBroken(Generic[Row_co]):
     def __getitem__(self, index: int) -> Row_co:
         """Row `index`, or the first after it that opens, cyclic.
 
-        Raises ValueError: every row is broken, or of 20 rows or more tried so far over 5 % are.
+        Raises ValueError: every row is broken; or over 5 % of all are; or, once 20 rows or more are tried, so many
+        more than 5 % of them (three standard deviations) that this is no accident of the order.
         """
         start = range(len(self))[index]
         for row in chain(range(start, len(self)), range(start)):
@@ -143,14 +146,20 @@ class SkipBroken(Generic[Row_co]):
                 continue
             self._tried[row] = 1
             try:
-                return self.rows[row]
+                found = self.rows[row]
+                self._refuse_too_many()
+                return found
             except BrokenPicture as error:
                 log.warning("row %d is skipped: %s", row, error)
                 self.broken[row] = str(error)
-                tried = self._tried.count(1)
-                if tried >= 20 and len(self.broken) > 0.05 * tried:
-                    raise ValueError(f"too many pictures are broken: {self.summary(20)}") from None
+            self._refuse_too_many()
         raise ValueError(f"no picture opens: {self.summary(20)}")
+
+    def _refuse_too_many(self) -> None:
+        tried = self._tried.count(1) if self.broken else 0
+        surely = 0.05 * tried + 3 * math.sqrt(0.05 * 0.95 * tried)
+        if tried >= 20 and len(self.broken) > min(surely, 0.05 * len(self)):
+            raise ValueError(f"too many pictures are broken: {self.summary(20)}")
 
     def summary(self, most: int | None = None) -> str:
         """How many rows were skipped and, one a line, which and why; at most `most` of them."""

@@ -28,7 +28,8 @@ class Part:
 
 
 def open_split(data: Data, split: str) -> MapStyle[Example]:
-    """`train`, `val`, or for `scenes` and `scenes:documents` also `val_pairs` and `val_sprites`.
+    """`train`, `val`, `test` where the data name one; for `scenes` and `scenes:documents` also `val_pairs` and
+    `val_sprites`. Data that name a split for validation keep it; of others the last rows are held out.
 
     Raises ValueError: no such split, or data too small to hold anything out.
     """
@@ -36,12 +37,16 @@ def open_split(data: Data, split: str) -> MapStyle[Example]:
         return Prefixed(open_split(replace(data, prefix=False), split))
     if data.source in ("scenes", "scenes:documents"):
         return open_scenes(data, split)
-    if split not in ("train", "val"):
+    if split not in ("train", "val", "test"):
         raise ValueError(f"no split {split!r} of {data.source}; there are train and val")
     images = Path(data.images) if data.images else None
     if data.validation and split == "val":
-        return Rows(Path(data.validation), images, data.prompts)
-    rows = Rows(Path(data.source), images, data.prompts)
+        return Rows(data.validation, images, data.prompts, layout=data.format)
+    rows = Rows(data.source, images, data.prompts, layout=data.format)
+    if split == "test" or {split, "train", "val"} <= rows.splits:
+        return rows.only(split)
+    if "train" in rows.splits:
+        rows = rows.only("train")
     if data.validation:
         return rows
     if len(rows) < 2:

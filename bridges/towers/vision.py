@@ -29,6 +29,7 @@ from transformers.image_processing_backends import PilBackend
 
 from bridges.towers import efficientnet
 from bridges.towers.bundled import quiet_transformers, resolve
+from bridges.towers.framing import ImageMode, framed
 from bridges.towers.precision import fastest_dtype
 
 # encoders that AutoModel does not give: EVA-CLIP's ViT-g as BLIP-2 and InstructBLIP carry it
@@ -43,7 +44,7 @@ class VisionTower(nn.Module):
     `layer` counts the encoder's hidden states as LLaVA does: 0 is what enters the first layer, -1 what leaves the last,
     -2 what leaves the one before. This is the residual stream: CLIP's, SigLIP's or DINO's final norm is not applied.
     Tokens that are no patch (CLS, registers) are dropped; `keep_cls` keeps the first of them, in front.
-    An encoder without such tokens loses nothing.
+    An encoder without such tokens loses nothing. `image_mode`: see `framing.framed`.
 
     `name`, `dim` (v), `num_patches` (p), `image_size` (y, x), `grid` (rows, columns): num_patches is rows x columns, in
     reading order, + 1 with `keep_cls`.
@@ -58,8 +59,10 @@ class VisionTower(nn.Module):
         keep_cls: bool = False,
         revision: str | None = None,
         dtype: torch.dtype | None = None,
+        image_mode: ImageMode | None = None,
     ) -> None:
         super().__init__()
+        self.image_mode: ImageMode | None = image_mode
         self.name = name_or_path
         where = resolve(name_or_path)
         if revision and Path(where).is_dir():
@@ -93,7 +96,8 @@ class VisionTower(nn.Module):
         """Pictures of any size and mode, as the encoder was trained to see them, in float32 on the CPU."""
         if not images:
             return torch.empty(0, 3, *self.image_size)
-        return pixels_of(self.processor, images)
+        mean = tuple(self.processor.image_mean or (0.5,) * 3)
+        return pixels_of(self.processor, [framed(i, self.image_mode, self.image_size, mean) for i in images])
 
     @torch.no_grad()
     def forward(self, pixel_values: Float[Tensor, "n 3 y x"]) -> Float[Tensor, "n p v"]:
@@ -163,7 +167,8 @@ class VisionTower(nn.Module):
     def _take_fingerprint(self) -> str:
         settings = self.processor.to_dict()
         seen = {key: settings[key] for key in PREPROCESSING if settings.get(key) is not None}
-        digest = hashlib.sha256(json.dumps([self.layer, self.keep_cls, seen], sort_keys=True, default=dict).encode())
+        chosen = [self.layer, self.keep_cls, seen, *([self.image_mode] if self.image_mode else [])]
+        digest = hashlib.sha256(json.dumps(chosen, sort_keys=True, default=dict).encode())
         for key, tensor in self.encoder.state_dict().items():
             sample = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64].float()
             digest.update(f"{key}{tuple(tensor.shape)}{sample.tolist()}".encode())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bridges.data.pictures import MAX_ASPECT, BrokenPicture, SkipBroken, open_picture
+from bridges.data.pictures import MAX_ASPECT, STRIP_LENGTH, BrokenPicture, SkipBroken, open_picture
 
 
 @pytest.fixture(scope="module")
@@ -206,12 +206,36 @@ def test_a_broken_row_is_tried_and_counted_once_however_often_it_is_asked_for():
 def test_one_broken_row_in_twenty_passes_and_two_do_not():
     rows = SkipBroken(Folder(20, {19}))
     assert [rows[i] for i in range(20)] == [*range(19), 0]
-    rows = SkipBroken(Folder(1000, {0, 19}))
+    rows = SkipBroken(Folder(20, {0, 19}))
     assert [rows[i] for i in range(1, 19)] == list(range(1, 19))
     assert rows[0] == 1  # 1 of 19 is over 5 %, but too few were tried to judge
     with pytest.raises(ValueError, match=r"2 of 20 rows tried") as error:
         rows[19]
     assert "row 19: no file gone/19.png" in str(error.value)
+
+
+def test_an_unlucky_beginning_is_no_reason_to_stop_and_a_bad_one_is():
+    rows = SkipBroken(Folder(1000, {5, 6, 7}))
+    assert [rows[i] for i in range(30)][:9] == [0, 1, 2, 3, 4, 8, 8, 8, 8]
+    rows = SkipBroken(Folder(1000, set(range(0, 1000, 5))))
+    with pytest.raises(ValueError, match=r"too many pictures are broken: [4-9] of \d+ rows tried"):
+        [rows[i] for i in range(1000)]
+
+
+def test_a_panorama_opens_and_one_that_would_fill_the_memory_does_not(tmp_path: Path):
+    Image.new("RGB", (30_000, 600), "red").save(tmp_path / "wide.png")
+    picture = open_picture(tmp_path / "wide.png")
+    assert max(picture.size) <= STRIP_LENGTH
+    assert picture.getpixel((2000, picture.height // 2)) == (255, 0, 0)
+    Image.new("1", (30_000, 30_000)).save(tmp_path / "huge.png")
+    with pytest.raises(BrokenPicture, match=r"huge\.png: .*900000000 pixels"):
+        open_picture(tmp_path / "huge.png")
+
+
+def test_a_link_in_a_circle_is_told(tmp_path: Path):
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    with pytest.raises(BrokenPicture, match=r"loop\.png is a symbolic link to nothing or to itself"):
+        open_picture(tmp_path / "loop.png")
 
 
 def test_the_error_lists_the_first_twenty_broken_rows_and_the_summary_all():
