@@ -329,14 +329,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run: Recipe, tmp_path: Path) 
     class Stopped(Exception):
         pass
 
-    saved = loop.save_state
+    saved = loop.save_run
 
     def stop(*arguments: Any) -> None:
         saved(*arguments)
         raise Stopped
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "save_state", stop)
+        patch.setattr(loop, "save_run", stop)
         with pytest.raises(Stopped):
             train(first)
     cut = train(deepcopy(first), resume=True)

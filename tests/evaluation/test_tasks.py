@@ -132,5 +132,5 @@ def test_other_data_are_measured_beside_its_own(on_captions: Path) -> None:
 
 
 def test_an_unknown_split_is_refused(on_captions: Path) -> None:
-    with pytest.raises(ValueError, match="no split 'test'"):
-        evaluate(on_captions, ["test"])
+    with pytest.raises(ValueError, match="no split 'tset'"):
+        evaluate(on_captions, ["tset"])
