@@ -55,6 +55,14 @@ class Bridge(nn.Module):
         A bridge that fills slots may scale its last weights so that they start at the size the model is used to.
         """
 
+    def shape(self) -> str:
+        """In words, what a picture becomes."""
+        if not self.blocks:
+            return f"{self.num_slots} slots an image"
+        return f"{len(self.blocks)} blocks in the language model" + (
+            f", {self.num_slots} slots an image" if self.num_slots else ""
+        )
+
     def watched(self) -> dict[str, dict[str, float]]:
         """Figures of its own to log in training, beside the held-out loss: by group and name."""
         return {}

@@ -293,14 +293,14 @@ def plain(value: Any) -> Any:
 
 def card(built: Built) -> str:
     """A model card: what it is, and the command that uses it."""
-    bridge, recipe = built.model.bridge, built.recipe
+    recipe = built.recipe
     names = [tower.name for tower in towers_of(built).values()]
     number = sum(p.numel() for p in trained(built))
     kind = f"`{recipe.bridge['name']}`" + (" and LoRA on the language model" if recipe.lora else "")
     return (
         f"---\nlibrary_name: mm-bridges\nbase_model: [{', '.join(names)}]\n---\n\n"
         f"# A bridge {'from ' + ' to '.join(names) if len(names) > 1 else 'on ' + names[0]}\n\n"
-        f"{kind}, {number:,} trained parameters, {bridge.num_slots} slots an image, "
+        f"{kind}, {number:,} trained parameters, {built.model.bridge.shape()}, "
         f"{recipe.train.steps} steps of {recipe.train.batch} on `{recipe.data.source}`. "
         "The towers are frozen and not in here.\n\n"
         f"```\nbridges {'retrieve . --images FOLDER --text TEXT' if recipe.objectives else 'chat .'}\n```\n"

@@ -61,8 +61,8 @@ def bridge(chat: Chat, argument: str) -> str:
     assembled = with_bridge(before.assembled, folder)
     chat.session = Session(assembled, Looker(assembled, before.looker.features))
     chat.session.turns = before.turns
-    name, slots = assembled.recipe.bridge["name"], assembled.model.bridge.num_slots
-    return f"{name} of {folder}, {slots} slots an image, answers from now on; what was said stays"
+    name, shape = assembled.recipe.bridge["name"], assembled.model.bridge.shape()
+    return f"{name} of {folder}, {shape}, answers from now on; what was said stays"
 
 
 def up_to_last(chat: Chat) -> list[Turn]:

@@ -88,7 +88,7 @@ def load_chat(console: Console, checkpoint: str, settings: Settings) -> Chat:
 def greet(chat: Chat, console: Console) -> None:
     model, _, recipe = chat.session.assembled
     towers = f"{model.vision.name} and {model.language.name}"
-    console.print(f"{recipe.bridge['name']} between {towers}, {model.bridge.num_slots} slots an image")
+    console.print(f"{recipe.bridge['name']} between {towers}, {model.bridge.shape()}")
     console.print("/image PATH shows it a picture, /help lists what else there is", style="dim")
 
 

@@ -101,16 +101,18 @@ def show(one: Said) -> Shown:
 
 def report(folder: Path, built: Built, table: dict[str, Any], shown: Sequence[Shown]) -> None:
     """report.html beside the checkpoint."""
-    bridge, recipe, towers = built.model.bridge, built.recipe, towers_of(built)
+    recipe, towers = built.recipe, towers_of(built)
     metrics = folder / "metrics.jsonl"
     history = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     took = max((row.get("seconds", 0) for row in history), default=0)
+    done = max((row["step"] for row in history), default=recipe.train.steps)
+    steps = f"{done}" + (f" of the recipe's {recipe.train.steps}" if done < recipe.train.steps else "")
     details = {
         **{f"{kind.capitalize()} tower": tower.name for kind, tower in towers.items()},
-        "Bridge": f"{recipe.bridge['name']}, {bridge.num_slots} slots an image",
+        "Bridge": f"{recipe.bridge['name']}, {built.model.bridge.shape()}",
         **({"Objectives": ", ".join(recipe.objectives)} if recipe.objectives else {}),
         "Trained": f"{sum(p.numel() for p in trained(built)):,} parameters; the towers are frozen",
-        "Steps": f"{recipe.train.steps} of {recipe.train.batch} pictures, {took / 60:.1f} minutes",
+        "Steps": f"{steps}, each of {recipe.train.batch} pictures, {took / 60:.1f} minutes",
         "Data": recipe.data.source,
     }
     attribution = OPENMOJI if recipe.data.source.partition(":")[0] == "scenes" else None
