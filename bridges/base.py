@@ -32,6 +32,8 @@ class Bridge(nn.Module):
     num_slots: int
     blocks: nn.ModuleDict
     """{"layer index": block that runs before that layer of the language model}; mostly empty."""
+    sees: str = "last"
+    """Which pictures the blocks show a text position: the `last` before it, or `all` before it."""
     reads_instructions: bool = False
     """Whether `forward` also takes what is asked about each picture, as a list of n texts."""
 

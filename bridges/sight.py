@@ -61,7 +61,7 @@ def sight(
     blocks: Any = bridge.blocks
     kept = {name: place(block.keys_values(memory), index) for name, block in blocks.items()}
     at = (rearrange(looks, "b t -> b t 1") == rearrange(index, "b c -> b 1 c")) & (index > 0)[:, None]
-    if getattr(bridge, "sees", "last") == "all":
+    if bridge.sees == "all":
         at = visible.float() @ at.float() > 0
     return Sight(bridge.blocks, kept, repeat(at, "b t c -> b 1 t (c m)", m=memory.shape[1]))
 
@@ -78,7 +78,7 @@ def sight_of_one(
     keys, _ = next(iter(kept.values()))
     index = torch.arange(len(keys) + 1, device=looks.device)[None]  # number 0 is a picture that nobody sees
     last, number = rearrange(looks, "b t -> b t 1"), rearrange(index, "b c -> b 1 c")
-    at = (number <= last if getattr(bridge, "sees", "last") == "all" else number == last) & (number > 0)
+    at = (number <= last if bridge.sees == "all" else number == last) & (number > 0)
     seen = {name: place(pictures, index) for name, pictures in kept.items()}
     return Sight(bridge.blocks, seen, repeat(at, "b t c -> b 1 t (c m)", m=keys.shape[2]))
 

@@ -145,7 +145,7 @@ def sight_of(model: BridgedModel, memory: Tensor | None, line: Line, kept: Kept 
     if kept is None or kept.memory is None:
         return sight(model.bridge, memory, line.looks, line.sees[..., -width:])
     looks, memory = line.looks + len(kept.memory), torch.cat([kept.memory, memory])
-    if getattr(model.bridge, "sees", "last") == "last":
+    if model.bridge.sees == "last":
         return sight(model.bridge, memory, looks, line.sees[..., -width:])
     square = F.pad(line.sees, (0, 0, len(kept), 0))
     return sight(model.bridge, memory, torch.cat([kept.looks, looks], dim=1), square).of(slice(len(kept), None))
