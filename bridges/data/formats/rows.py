@@ -73,21 +73,28 @@ class Rows:
         self.table = _table(str(path), files, layout)
         self.captions = self.table[0]["picture"] is not None
         self.splits = {split for split in self.table.unique("split") if split}
-        self._arrange(np.arange(len(self.table)))
+        self._arrange(range(len(self.table)))
 
-    def _arrange(self, places: np.ndarray) -> None:
-        """The rows of picture i are order[starts[i] : starts[i + 1]]; pictures keep the order of their first rows."""
-        number = np.arange(len(places))
-        if self.captions:
-            column = self.table.data.column("picture").take(places)
-            number = pc.call_function("index_in", [column], pc.SetLookupOptions(column.unique())).to_numpy()
-        self.order = places[np.argsort(number, kind="stable")]
-        self.starts = np.append(0, np.bincount(number).cumsum())
+    def _arrange(self, places: range | np.ndarray) -> None:
+        """The rows of picture i are order[starts[i] : starts[i + 1]]; pictures keep the order of their first rows.
+
+        Where every row is a picture of its own, or a chat, these are ranges and take no memory.
+        """
+        self.order, self.starts = places, range(len(places) + 1)
+        column = self.table.data.column("picture")
+        if isinstance(places, np.ndarray):
+            column = column.take(places)
+        if not self.captions or len(names := column.unique()) == len(places):
+            return
+        number = pc.call_function("index_in", [column], pc.SetLookupOptions(names)).to_numpy()
+        self.order = np.asarray(places, np.uint32)[np.argsort(number, kind="stable")]
+        self.starts = np.append(0, np.bincount(number).cumsum()).astype(np.uint32)
 
     def only(self, split: str) -> "Rows":
         """Those of a split that the data name themselves. Raises ValueError where it is empty."""
         part = copy(self)
-        places = np.flatnonzero(np.array([s == split for s in self.table["split"]]))
+        named = pc.call_function("equal", [self.table.data.column("split"), split])
+        places = np.flatnonzero(named.fill_null(False).to_numpy())
         if not len(places):
             raise ValueError(f"the split {split!r} of {self.name} is empty; it has {', '.join(sorted(self.splits))}")
         part._arrange(places)
