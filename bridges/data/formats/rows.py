@@ -22,6 +22,7 @@ from bridges.data.conversation import Conversation, Example, Turn, ask
 from bridges.data.formats.entries import BYTES, Entry, entries
 from bridges.data.formats.find import FORMATS, files_of, is_hub_id, raw_rows
 from bridges.data.formats.hub import hub_rows
+from bridges.data.formats.remote import Place, place_of, stamp
 from bridges.data.formats.shards import TAR, bytes_in_tar
 from bridges.data.formats.tables import TABLES
 from bridges.data.pictures import BrokenPicture, no_file, open_picture
@@ -41,6 +42,7 @@ class Rows:
 
     - JSON lines, a JSON array, CSV, TSV, Parquet or tar shards, with rows of any layout of `chats.py`, `documents.py`;
       or with a picture (path|image|file_name|filepath) and a caption (caption|text|title), or a question and an answer
+    - shards also by their URLs (`s3://bucket/s-{0000..0012}.tar`, as fsspec knows them), whose pictures stay there
     - JSON files of several lists, see `tables.py`
     - a folder with `metadata.jsonl`, `.csv` or `.parquet`, with MiniGPT-4's `filter_cap.json`, or with shards
 
@@ -67,7 +69,8 @@ class Rows:
             raise ValueError(f"no format {layout!r}; there are {', '.join(FORMATS)}")
         files = [] if is_hub_id(path) else files_of(path)
         self.name, self.prompts, self.kind = str(path), prompts, kind
-        self.images = images or (files[0].parent if files else Path())
+        beside = files[0].parent if files and isinstance(files[0], Path) else Path()
+        self.images = images or beside
         if not self.images.exists():
             raise ValueError(no_file(self.images))
         self.table = _table(str(path), files, layout)
@@ -131,8 +134,8 @@ class Rows:
             raise BrokenPicture(f"{name}: {error}") from None
 
 
-def _table(source: str, files: Sequence[Path], layout: str | None) -> Dataset:
-    stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def _table(source: str, files: Sequence[Place], layout: str | None) -> Dataset:
+    stamps = [stamp(file) for file in files]
     disable_progress_bars()
     try:
         return Dataset.from_generator(
@@ -150,7 +153,7 @@ def _table(source: str, files: Sequence[Path], layout: str | None) -> Dataset:
 def _checked(source: str, stamps: tuple[Any, ...], layout: str | None) -> Iterator[dict[str, Any]]:
     """The rows in the table's form. Raises ValueError with the file and the row."""
     captions, dull = None, 0
-    for where, row in _raw(source, [Path(name) for name, *_ in stamps[1:]], layout):
+    for where, row in _raw(source, [place_of(name) for name, *_ in stamps[1:]], layout):
         found = 0
         try:
             for entry in entries(row, None if layout in TABLES else layout):
@@ -175,7 +178,7 @@ def _row(entry: Entry, captions: bool) -> dict[str, Any]:
     return entry._asdict()
 
 
-def _raw(source: str, files: Sequence[Path], layout: str | None) -> Iterator[tuple[str, Any]]:
+def _raw(source: str, files: Sequence[Place], layout: str | None) -> Iterator[tuple[str, Any]]:
     try:
         if not files:
             yield from hub_rows(source)
@@ -185,5 +188,7 @@ def _raw(source: str, files: Sequence[Path], layout: str | None) -> Iterator[tup
                 yield f"{file}, {place}", row
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read: {' '.join(str(error).split())}") from error
     except ValueError as error:
         raise ValueError(str(error) if source in str(error) else f"{source}, {error}") from None
