@@ -4,6 +4,7 @@ A micro-batch of two and one of four examples are computed, and what they take i
 line: what is there once, and what each example adds.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -157,6 +158,7 @@ def updating(built: Built) -> tuple[int, int]:
 
 def peak(work: Callable[[], object]) -> int:
     """The most bytes of CPU tensors that `work` holds at once beyond those that were there."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells when it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
     results: Any = profiled.profiler
