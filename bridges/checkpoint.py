@@ -66,6 +66,11 @@ def build(recipe: Recipe, fresh: bool = True) -> Assembled:
             f"{recipe.bridge['name']} puts blocks between the layers of a decoder, and {recipe.language.name} "
             + ("has an encoder; choose a causal language model" if language.has_encoder else "shows no list of layers")
         )
+    if vision.tiler and bridge.blocks and getattr(bridge, "sees", "last") == "last":
+        raise ValueError(
+            f"vision.tiles: with {recipe.bridge['name']} a text sees the last image alone, and that is no tile but the "
+            "whole picture; set bridge.sees to all, or leave vision.tiles out"
+        )
     if fresh:
         bridge.begin()
         bridge.match_scale(language.embedding_rms())
@@ -77,6 +82,7 @@ def build(recipe: Recipe, fresh: bool = True) -> Assembled:
         recipe.language.template,
         recipe.language.system,
         bridge.reads_instructions,
+        vision.tiler,
     )
     assembled = Assembled(BridgedModel(vision, bridge, language, IMAGE_TOKEN_ID).eval(), template, recipe)
     start_from(recipe.start, assembled)
@@ -85,6 +91,8 @@ def build(recipe: Recipe, fresh: bool = True) -> Assembled:
 
 def build_pairs(recipe: Recipe, fresh: bool = True) -> Paired:
     """A frozen vision tower and a bridge that reads captions itself, for a recipe with `objectives`; as `build`."""
+    if recipe.vision.tiles:
+        raise ValueError("vision.tiles: a pair is one image and its caption; leave it out for objectives")
     vision = vision_tower(recipe)
     torch.manual_seed(recipe.train.seed)
     bridge = build_bridge(recipe.bridge, vision.dim, vision.num_patches, 0, 0)
@@ -101,7 +109,9 @@ def build_pairs(recipe: Recipe, fresh: bool = True) -> Paired:
 
 def vision_tower(recipe: Recipe) -> VisionTower:
     chosen = recipe.vision
-    return VisionTower(chosen.name, chosen.layer, chosen.keep_cls, chosen.revision, image_mode=chosen.image_mode)
+    return VisionTower(
+        chosen.name, chosen.layer, chosen.keep_cls, chosen.revision, image_mode=chosen.image_mode, tiles=chosen.tiles
+    )
 
 
 def start_from(start: str | None, built: Built) -> None:

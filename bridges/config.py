@@ -26,6 +26,9 @@ class Vision:
     image_mode: Literal["resize", "pad", "crop"] | None = None
     """`resize` squashes a whole picture into the encoder's shape, `pad` puts it on a canvas, `crop` takes its middle;
     by default its own processor decides."""
+    tiles: int | None = None
+    """A picture larger than the encoder's becomes a grid of at most so many tiles, by its shape, and the whole of it
+    small; each is one more image, with the slots of one."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
 

@@ -5,7 +5,6 @@ from rich.color import Color
 from rich.segment import Segment, Segments
 from rich.style import Style
 
-from bridges.data.conversation import images_of
 from chat.state import Chat, name_of, words_of
 
 WHO = {"system": "system", "user": "you", "assistant": "model"}
@@ -28,7 +27,7 @@ def tokens(chat: Chat, _: str) -> str:
         f"{WHO[role]}": sum(len(template.tokenize(words_of(turn))[0]) for turn in read if turn.role == role)
         for role in WHO
     }
-    pictures = len(images_of(read))
+    pictures = len(template.images(read))
     counts[f"{pictures} pictures of {template.num_slots}"] = pictures * template.num_slots
     total = session.size()
     counts["template"] = max(0, total - sum(counts.values()))

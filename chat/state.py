@@ -41,7 +41,8 @@ class Chat:
 
     def told(self, picture: Image) -> str:
         """Its name, its size, and how many places in the text it takes."""
-        slots = self.session.assembled.template.num_slots
+        template = self.session.assembled.template
+        slots = template.num_slots * len(template.images([Turn("user", [picture])]))
         return f"{name_of(picture)} ({picture.width} × {picture.height}, {slots} slots)"
 
     def message(self, text: str) -> None:

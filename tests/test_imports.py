@@ -25,7 +25,7 @@ MAY: dict[str, set[str]] = {
     "objectives": {"a bridge", "layers", "layout", "model", "data", "pairs", "towers"},
     "checkpoint": {"a bridge", "adapter", "base", "config", "data", "files", "interop", "model", "pairs", "towers"},
     "merge": {"adapter", "checkpoint", "config", "files", "towers"},
-    "training": {"adapter", "checkpoint", "config", "data", "files", "interrupt", "model", "objectives"},
+    "training": {"adapter", "checkpoint", "config", "data", "files", "interrupt", "model", "objectives", "towers"},
     "inference": {
         "a bridge",
         "base",

@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+from base64 import b64encode
 from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
@@ -107,6 +108,16 @@ def _widened(image: Image.Image) -> Image.Image:
     canvas = Image.new("RGB", (max(image.width, least), max(image.height, least)), "white")
     canvas.paste(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
     return canvas
+
+
+def data_url(image: Image.Image, longest: int = 480) -> str:
+    """A small copy as an address that a page holds itself: JPEG, or PNG where it is transparent."""
+    form = "PNG" if image.has_transparency_data else "JPEG"
+    small = image.copy() if form == "PNG" else image.convert("RGB")
+    small.thumbnail((longest, longest))
+    file = io.BytesIO()
+    small.save(file, form, quality=90)
+    return f"data:image/{form.lower()};base64,{b64encode(file.getvalue()).decode()}"
 
 
 Row_co = TypeVar("Row_co", covariant=True)

@@ -27,6 +27,16 @@ class Part:
         return self.rows[self.first + range(len(self))[index]]
 
 
+def told(source: str, rows: MapStyle[Example]) -> str:
+    """One line for people: how many examples there are, and what is held out."""
+    part = rows.rows if isinstance(rows, Prefixed) else rows
+    if not isinstance(part, Part):
+        return f"{source}: {len(rows)} examples"
+    if part.first:
+        return f"{source}: the last {len(part)} of {len(part.rows)} examples, which training leaves out"
+    return f"{source}: the first {len(part)} of {len(part.rows)} examples; the others are held out to measure on"
+
+
 def open_split(data: Data, split: str) -> MapStyle[Example]:
     """`train`, `val`, `test` where the data name one; for `scenes` and `scenes:documents` also `val_pairs` and
     `val_sprites`. Data that name a split for validation keep it; of others the last rows are held out.

@@ -1,7 +1,7 @@
 """Conversations become token ids with the language model's own chat template; targets are known by construction."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from jinja2.exceptions import TemplateError
@@ -55,6 +55,7 @@ class Template:
     """`chat` is the tokenizer's own template; or one of `plain`, `vicuna0`, `vicuna`, `t5`; or a Jinja text.
 
     `system` opens every conversation that has no system turn of its own. `instructed`: the bridge reads what is asked.
+    `tiler` says which images a picture becomes; without one it is one.
     Raises ValueError where the tokenizer has no template, the template leaves out what someone says, or is no Jinja.
     """
 
@@ -65,8 +66,10 @@ class Template:
         source: str = "chat",
         system: str | None = None,
         instructed: bool = False,
+        tiler: Callable[[Image.Image], list[Image.Image]] | None = None,
     ) -> None:
         self.tokenizer, self.num_slots, self.system, self.instructed = tokenizer, num_slots, system, instructed
+        self.tiler = tiler
         known = f"one of {', '.join(TEMPLATES)}, or a Jinja text"
         if source == "chat" and not tokenizer.chat_template:
             raise ValueError(f"template 'chat': this tokenizer has no chat template; choose {known}")
@@ -114,7 +117,18 @@ class Template:
         for part in turn.content:
             if isinstance(part, str) and (IMAGE_MARK in part or PLACE.search(part)):
                 raise ValueError(f"the text {part[:40]!r} holds a private character that marks a picture; take it out")
-        return "".join(part if isinstance(part, str) else IMAGE_MARK for part in turn.content)
+        return "".join(part if isinstance(part, str) else IMAGE_MARK for part in self._cut(turn).content)
+
+    def _cut(self, turn: Turn) -> Turn:
+        """The turn with all images that its pictures become."""
+        if self.tiler is None:
+            return turn
+        parts = [[part] if isinstance(part, str) else self.tiler(part) for part in turn.content]
+        return Turn(turn.role, [one for some in parts for one in some])
+
+    def images(self, turns: Sequence[Turn]) -> list[Image.Image]:
+        """What the encoder gets of a conversation, in reading order: its pictures, or their tiles."""
+        return images_of([self._cut(turn) for turn in turns])
 
     def encode(self, turns: Sequence[Turn], reply: bool = False) -> Encoded:
         """Ids and labels of a conversation, each piece between pictures tokenized once.
@@ -125,11 +139,11 @@ class Template:
         text, spans = self.render(turns, reply)
         ids, labels, looks = self.tokenize(text, spans)
         labels[:1] = [IGNORE_INDEX] * len(labels[:1])
-        return Encoded(ids, labels, images_of(turns), self.asked(turns), looks)
+        return Encoded(ids, labels, self.images(turns), self.asked(turns), looks)
 
     def asked(self, turns: Sequence[Turn]) -> list[str]:
-        """What is asked about each picture, if the bridge reads it."""
-        return asked_of(turns) if self.instructed else []
+        """What is asked about each image, if the bridge reads it."""
+        return asked_of([self._cut(turn) for turn in turns]) if self.instructed else []
 
     def tokenize(self, text: str, spans: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[int], list[int]]:
         """Ids of a rendered text, its labels (the id where a token touches one of the `spans`, characters), its looks.

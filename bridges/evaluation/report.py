@@ -3,7 +3,6 @@
 import io
 import os
 import re
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,6 +12,8 @@ from typing import Any
 import rich.markup
 import rich.table
 from PIL import Image
+
+from bridges.data.pictures import data_url
 
 Table = Mapping[str, Mapping[str, Mapping[str, float | int | None]]]
 """{split: {metric: {one of COLUMNS or "low", "high": figure}}}; None, or nothing, where there is no figure."""
@@ -225,17 +226,11 @@ def _split(name: str, rows: Mapping[str, Mapping[str, float | int | None]], show
 
 
 def _figure(shown: Shown) -> str:
-    """JPEG keeps the file small; only a transparent picture needs PNG."""
-    data = io.BytesIO()
-    form = "PNG" if shown.picture.has_transparency_data else "JPEG"
-    picture = shown.picture if form == "PNG" else shown.picture.convert("RGB")
-    picture.save(data, form, quality=90)
-    source = f"data:image/{form.lower()};base64,{b64encode(data.getvalue()).decode()}"
     texts, kinds = (shown.reference, shown.answer, shown.shuffled), ("", "mark", "soft")
     facts = zip(shown.names, texts, kinds, strict=True)
     lines = "".join(f'<dt>{name}</dt><dd class="{kind}">{escape(text) or "–"}</dd>' for name, text, kind in facts)
     return (
-        f'<figure class="card"><img src="{source}" alt="{escape(shown.reference)}">'
+        f'<figure class="card"><img src="{data_url(shown.picture)}" alt="{escape(shown.reference)}">'
         f'<figcaption><p class="soft">{escape(shown.prompt)}</p><dl>{lines}</dl></figcaption></figure>'
     )
 

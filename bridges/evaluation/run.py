@@ -12,7 +12,7 @@ from rich.progress import track
 from bridges.checkpoint import Assembled, Built, Paired, load, load_pairs, recipe_of, towers_of, trained
 from bridges.data.conversation import images_of
 from bridges.data.pictures import SkipBroken
-from bridges.data.sources import open_split
+from bridges.data.sources import open_split, told
 from bridges.evaluation.pairs import measure_pairs
 from bridges.evaluation.report import Shown, table_text, write_report
 from bridges.evaluation.tasks import Said, captions_of, listen, questions_of, tabulate
@@ -63,6 +63,7 @@ def measure(assembled: Assembled, split: str, size: int, console: Console) -> li
     count = min(size, len(data))
     if count < 2:
         raise ValueError(f"split {split} has {count} example; at least 2 are needed, so that pictures can be shuffled")
+    console.print(told(f"{split} of {assembled.recipe.data.source}", data.rows), highlight=False, markup=False)
     starts = list(range(0, count, AT_ONCE))
     if count - starts[-1] < 2:  # a last example alone would have no other picture
         starts.pop()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bridges.checkpoint import Assembled
 from bridges.data.batch import collate, rows_of
-from bridges.data.conversation import Conversation, Example, Turn, images_of
+from bridges.data.conversation import Conversation, Example, Turn
 from bridges.data.template import IGNORE_INDEX
 from bridges.evaluation.documents import continued, pieces, right_picture
 from bridges.evaluation.metrics import accuracy, bleu, bleu_counts, cider_d, f1, interval, majority, naming
@@ -70,7 +70,7 @@ def listen(assembled: Assembled, examples: Sequence[Example]) -> list[Said]:
     """Put every question of some examples to the model under each control. Pictures are shuffled among them."""
     said = [Said(example, {}, {}, {}) for example in examples]
     vision = assembled.model.vision
-    pictures = unique(i for e in examples for c in e.conversations for i in images_of(c.turns))
+    pictures = unique(i for e in examples for c in e.conversations for i in assembled.template.images(c.turns))
     place = {id(picture): number for number, picture in enumerate(pictures)}
     right = vision(vision.preprocess(pictures).to(assembled.model.language.device))
 
@@ -103,7 +103,7 @@ def unique(pictures: Iterable[Image.Image]) -> list[Image.Image]:
 
 def reply(assembled: Assembled, prompts: Sequence[Sequence[Turn]], seen: Seen, longest: int) -> Iterator[str]:
     """The model's answers, one after another."""
-    images = [image for turns in prompts for image in images_of(turns)]
+    images = [image for turns in prompts for image in assembled.template.images(turns)]
     return iter(answers(assembled, prompts, seen(images), longest) if prompts else [])
 
 

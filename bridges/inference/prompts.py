@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from bridges.checkpoint import Assembled
-from bridges.data.conversation import Turn, images_of
+from bridges.data.conversation import Turn
 from bridges.data.template import IGNORE_INDEX, IMAGE_MARK, Encoded, Template
 from bridges.inference.scoring import Tree, stem_and_tree
 
@@ -23,7 +23,9 @@ class Plain:
 
     def __init__(self, assembled: Assembled) -> None:
         template, language = assembled.template, assembled.model.language
-        self.template = Template(template.tokenizer, template.num_slots, CONTENT, instructed=template.instructed)
+        self.template = Template(
+            template.tokenizer, template.num_slots, CONTENT, instructed=template.instructed, tiler=template.tiler
+        )
         self.begin = str(template.tokenizer.bos_token or "")
         self.end = str(template.tokenizer.eos_token) if language.has_encoder else ""
         self._trees: dict[tuple[str, tuple[str, ...]], tuple[list[int], Tree]] = {}
@@ -35,7 +37,7 @@ class Plain:
         """
         turns = turns_of(prompt)
         ids, _, looks = self.template.tokenize(self._text(turns, first, last))
-        return Encoded(ids, [IGNORE_INDEX] * len(ids), images_of(turns), self.template.asked(turns), looks)
+        return Encoded(ids, [IGNORE_INDEX] * len(ids), self.template.images(turns), self.template.asked(turns), looks)
 
     def with_labels(self, prompt: Prompt, labels: Sequence[str], first: bool = True) -> tuple[Encoded, Tree]:
         """What is read before any of the labels, and the tree of them. Raises ValueError as `encode` does."""
@@ -46,7 +48,7 @@ class Plain:
         if known not in self._trees:  # most queries of a task end alike
             self._trees[known] = stem_and_tree(self.template, tail, labels)
         stem, tree = self._trees[known]
-        images = images_of(turns)
+        images = self.template.images(turns)
         ids, looks = ids + stem, looks + [len(images)] * len(stem)
         return Encoded(ids, [IGNORE_INDEX] * len(ids), images, self.template.asked(turns), looks), tree
 

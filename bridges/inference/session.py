@@ -171,7 +171,7 @@ class Session:
     def _plan(self, dropped: int) -> Plan:
         """Of a conversation with so many turns left out."""
         template, turns = self.assembled.template, self.turns_read(dropped)
-        keys = tuple(self.looker.keys(images_of(turns), template.asked(turns)))
+        keys = tuple(self.looker.keys(template.images(turns), template.asked(turns)))
         text, _ = template.render(turns, reply=True)
         mark, end = self._memory.latest(text, keys)
         ids, _, looks = template.tokenize(text[end:])
@@ -182,7 +182,7 @@ class Session:
         """Roll back, read new ids and the pictures among them; logits after the last, and what is seen of all."""
         model, mark, device = self.assembled.model, plan.mark, self.assembled.model.language.device
         self._memory.roll_back(mark)
-        seen = self.looker(images_of(plan.turns), plan.keys)
+        seen = self.looker(self.assembled.template.images(plan.turns), plan.keys)
         if mark.logits is not None:
             return mark.logits, seen
         embeds = model.embed(torch.tensor([plan.ids], device=device), seen.slots[len(mark.keys) :])

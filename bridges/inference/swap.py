@@ -16,12 +16,14 @@ def with_bridge(assembled: Assembled, folder: Path) -> Assembled:
     check_towers(folder, config, assembled)
     bridge = build_bridge(recipe.bridge, vision.dim, vision.num_patches, language.dim, language.num_layers)
     load_weights(bridge, folder)
+    vision.tile(recipe.vision.tiles)
     template = Template(
         language.tokenizer,
         bridge.num_slots,
         recipe.language.template,
         recipe.language.system,
         bridge.reads_instructions,
+        vision.tiler,
     )
     bridge.to(language.device)
     return Assembled(BridgedModel(vision, bridge, language, IMAGE_TOKEN_ID).eval(), template, recipe)

@@ -15,10 +15,14 @@ CONTROLS: tuple[Control, ...] = get_args(Control)
 
 @torch.no_grad()
 def controlled(features: Float[Tensor, "n p v"], vision: VisionTower, control: Control) -> Float[Tensor, "n p v"]:
-    """The features of the right pictures, of each one's neighbour, or of a plain grey picture."""
+    """The features of the right pictures, of each one's neighbour, or of a plain grey picture.
+
+    Where pictures are tiled the neighbour is beyond all tiles of the same picture, if there are so many images.
+    """
     if control == "image":
         return features
     if control == "shuffled":
-        return features.roll(1, dims=0)
+        beyond = vision.tiler.most + 1 if vision.tiler else 1
+        return features.roll(max(1, min(beyond, len(features) // 2)), dims=0)
     grey = vision(vision.preprocess([Image.new("RGB", (64, 64), (128, 128, 128))]).to(features.device))
     return grey.expand_as(features)

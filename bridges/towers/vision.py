@@ -29,7 +29,7 @@ from transformers.image_processing_backends import PilBackend
 
 from bridges.towers import efficientnet
 from bridges.towers.bundled import quiet_transformers, resolve
-from bridges.towers.framing import ImageMode, framed
+from bridges.towers.framing import ImageMode, Tiler, framed
 from bridges.towers.precision import fastest_dtype
 
 # encoders that AutoModel does not give: EVA-CLIP's ViT-g as BLIP-2 and InstructBLIP carry it
@@ -44,7 +44,8 @@ class VisionTower(nn.Module):
     `layer` counts the encoder's hidden states as LLaVA does: 0 is what enters the first layer, -1 what leaves the last,
     -2 what leaves the one before. This is the residual stream: CLIP's, SigLIP's or DINO's final norm is not applied.
     Tokens that are no patch (CLS, registers) are dropped; `keep_cls` keeps the first of them, in front.
-    An encoder without such tokens loses nothing. `image_mode`: see `framing.framed`.
+    An encoder without such tokens loses nothing. `image_mode`: see `framing.framed`. `tiles`: the most of a picture
+    (`tiler`, see `framing.Tiler`), where it is more than one image.
 
     `name`, `dim` (v), `num_patches` (p), `image_size` (y, x), `grid` (rows, columns): num_patches is rows x columns, in
     reading order, + 1 with `keep_cls`.
@@ -60,6 +61,7 @@ class VisionTower(nn.Module):
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         image_mode: ImageMode | None = None,
+        tiles: int | None = None,
     ) -> None:
         super().__init__()
         self.image_mode: ImageMode | None = image_mode
@@ -72,6 +74,8 @@ class VisionTower(nn.Module):
         self.requires_grad_(False)
         self.train(False)
         self.image_size = output_size(self.processor, name_or_path)
+        self.mean = tuple(self.processor.image_mean or (0.5,) * 3)
+        self.tile(tiles)
         shapes = self._shapes_of_states()
         if not -len(shapes) <= layer < len(shapes):
             raise ValueError(
@@ -92,12 +96,17 @@ class VisionTower(nn.Module):
         """Frozen is frozen: neither dropout nor BatchNorm wakes."""
         return super().train(False)
 
+    def tile(self, most: int | None) -> None:
+        """Let pictures be cut into so many tiles at most, from now on. ValueError for fewer than two."""
+        if most is not None and most < 2:
+            raise ValueError(f"vision.tiles {most}: a grid has at least 2 tiles; leave it out for none")
+        self.tiler = Tiler(most, self.image_size, self.image_mode, self.mean) if most else None
+
     def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "n 3 y x"]:
         """Pictures of any size and mode, as the encoder was trained to see them, in float32 on the CPU."""
         if not images:
             return torch.empty(0, 3, *self.image_size)
-        mean = tuple(self.processor.image_mean or (0.5,) * 3)
-        return pixels_of(self.processor, [framed(i, self.image_mode, self.image_size, mean) for i in images])
+        return pixels_of(self.processor, [framed(i, self.image_mode, self.image_size, self.mean) for i in images])
 
     @torch.no_grad()
     def forward(self, pixel_values: Float[Tensor, "n 3 y x"]) -> Float[Tensor, "n p v"]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,5 +72,10 @@ def prefetched(
 def order(step: int, batch: int, size: int, seed: int) -> list[int]:
     """Which examples a step sees: epoch after epoch, each in its own order. A pure function: resuming is exact."""
     places = range(step * batch, (step + 1) * batch)
-    shuffled = {e: np.random.default_rng([seed, e]).permutation(size) for e in {p // size for p in places}}
-    return [int(shuffled[p // size][p % size]) for p in places]
+    return [int(shuffled(seed, p // size, size)[p % size]) for p in places]
+
+
+@lru_cache(maxsize=8)
+def shuffled(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order of an epoch, four bytes an example: all that is kept of the data in the host's memory."""
+    return np.random.default_rng([seed, epoch]).permutation(np.arange(size, dtype=np.uint32))

@@ -66,7 +66,7 @@ def inspect(recipe: Recipe, samples: int = 3, rows: int = 200, html: Path = Path
         if len(shown) < samples:
             shown.append((title(index, example, made), made))
     for line, made in shown:
-        console.rule(line)
+        console.print(Text(f"\n{line}", style="bold"))
         for row in made:
             console.print(coloured(row, assembled.template))
     console.print(Text.assemble(("slots", "bold blue"), "  ", ("targets", "bold green"), "  ", ("not learned", "dim")))
@@ -100,11 +100,15 @@ def count(survey: Survey, example: Example, assembled: Assembled) -> list[Row]:
 
 
 def title(index: int, example: Example, made: list[Row]) -> str:
+    def counted(count: int, what: str) -> str:
+        return f"{count} {what}" + "s" * (count != 1)
+
     positions, slots = sum(len(row.ids) for row in made), sum(row.ids.count(IMAGE_TOKEN_ID) for row in made)
     aimed = sum(label != IGNORE_INDEX for row in made for label in row.labels)
+    texts, pictures = len(example.conversations), sum(len(row.images) for row in made)
     return (
-        f"example {index}: {len(example.conversations)} texts, {sum(len(row.images) for row in made)} pictures, "
-        f"{positions} positions = {slots} slots + {positions - slots} tokens, {aimed} of them targets"
+        f"example {index}: {counted(texts, 'text')}, {counted(pictures, 'picture')}, {positions} positions = "
+        f"{slots} slots + {positions - slots} tokens, {aimed} of them targets"
     )
 
 
@@ -115,7 +119,7 @@ def figures_of(survey: Survey, total: int, slots: int) -> list[tuple[str, str]]:
         if not values:
             return "–"
         low, middle, most, top = np.percentile(values, [0, 50, 95, 100])
-        return f"least {low:.0f}   median {middle:.0f}   95 % {most:.0f}   most {top:.0f}"
+        return f"{low:.0f} to {top:.0f}, median {middle:.0f}, 95 % at most {most:.0f}"
 
     looked = len(survey.pictures) + len(survey.skipped)
     why = Counter(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bridges.checkpoint import CONFIG, trained
 from bridges.config import Recipe, Train, read_recipe
 from bridges.data.pictures import SkipBroken
-from bridges.data.sources import open_split
+from bridges.data.sources import open_split, told
 from bridges.files import prepare_output
 from bridges.interrupt import interruptible
 from bridges.training.display import Display
@@ -43,6 +43,8 @@ def train(recipe: Recipe, resume: bool = False, engine: str | None = None) -> Pa
     prepare_output(output, needed=20 * sum(p.numel() for p in trained(stage.built)))
     sources = open_sources(recipe)
     sizes = [(source.name, len(source.data)) for source in sources]
+    if accelerator.is_main_process:
+        print(*(told(source.name, source.data.rows) for source in sources), sep="\n")
     refuse_equal_captions(stage, sources[0].data)
     held = validation_batch(stage, min(settings.evaluate_size, settings.batch * 4))
     first, moments = restore(stage.built, sizes) if resume else (0, {})

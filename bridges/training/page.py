@@ -1,11 +1,11 @@
 """The page of `bridges inspect`: one file with everything in it, to be opened in a browser or sent to someone."""
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 
 from PIL import Image
+
+from bridges.data.pictures import data_url
 
 HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
 body{{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}
@@ -31,7 +31,7 @@ def page(source: str, figures: Sequence[tuple[str, str]], skipped: Sequence[tupl
     for title, rows in samples:
         lines.append(f"<section><h2>{escape(title)}</h2>")
         for images, pieces in rows:
-            lines += [f'<img src="{data_of(image)}" alt="picture {n}">' for n, image in enumerate(images, 1)]
+            lines += [f'<img src="{data_url(image)}" alt="picture {n}">' for n, image in enumerate(images, 1)]
             spans = "".join(f'<span class="{kind}">{escape(words)}</span>' for words, kind in pieces)
             lines.append(f'<div class="text">{spans}</div>')
         lines.append("</section>")
@@ -43,12 +43,3 @@ def page(source: str, figures: Sequence[tuple[str, str]], skipped: Sequence[tupl
 def rows_of_table(rows: Sequence[tuple[str, str]]) -> str:
     cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
     return f"<table>{cells}</table>"
-
-
-def data_of(image: Image.Image) -> str:
-    """A small JPEG in a URL."""
-    small = image.convert("RGB")
-    small.thumbnail((480, 480))
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -40,6 +40,14 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
     "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
 )
+ZEPHYR = (  # everyone's turn ends alike, and the names of who speaks are plain words
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n"
+    "{% if loop.last and add_generation_prompt %}<|assistant|>\n{% endif %}{% endfor %}"
+)
+QWEN = (  # a system of its own where there is none
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    + CHATML
+)
 ENDLESS = (  # nothing special ends a turn
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
@@ -56,6 +64,8 @@ CHATS = {
     "gemma": (GEMMA, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<end_of_turn>", False),
     "phi3": (PHI3, ["<s>", "<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"], "<|end|>", True),
     "mistral": (MISTRAL, ["<s>", "</s>"], "</s>", True),
+    "zephyr": (ZEPHYR, ["<s>", "</s>"], "</s>", True),
+    "qwen": (QWEN, ["<|endoftext|>", "<|im_end|>", "<|im_start|>"], "<|im_end|>", True),
     "endless": (ENDLESS, ["<s>", "</s>"], "", True),
     "plain": ("plain", ["<s>", "</s>"], "</s>", True),
     "vicuna": ("vicuna", ["<s>", "</s>"], "</s>", True),

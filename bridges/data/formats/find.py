@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bridges.data.formats.entries import LAYOUTS
+from bridges.data.formats.remote import Place
 from bridges.data.formats.shards import parquet_rows, spread, tar_rows
 from bridges.data.formats.tables import TABLES, is_table, table_rows
 from bridges.data.formats.text import text_rows
@@ -18,13 +19,20 @@ SHARDS = ("*.tar", "*.parquet", "data/*.parquet")
 HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
-def files_of(source: str | Path) -> list[Path]:
+def files_of(source: str | Path) -> list[Place]:
     """The file itself; of a folder its metadata or its shards; of `shard-{0000..0012}.tar` all that are meant.
 
-    Raises ValueError, with the nearest name, where one is missing.
+    Raises ValueError, with the nearest name, where one is missing, and for a URL of anything but shards.
     """
-    files = []
+    files: list[Place] = []
     for path in spread(str(source)):
+        if isinstance(path, str):
+            if not path.endswith((".tar", ".parquet")):
+                raise ValueError(
+                    f"{path} is no shard: by their URLs .tar and .parquet are read; fetch other files first"
+                )
+            files.append(path)
+            continue
         if not path.exists():
             raise ValueError(no_file(path))
         files += in_folder(path) if path.is_dir() else [path]
@@ -49,11 +57,11 @@ def is_hub_id(source: str | Path) -> bool:
     return isinstance(source, str) and HUB.fullmatch(text) is not None and not known and not here
 
 
-def raw_rows(file: Path, name: str | None) -> Iterator[tuple[str, Any]]:
+def raw_rows(file: Place, name: str | None) -> Iterator[tuple[str, Any]]:
     """Each raw row of a file and its place in it. Raises ValueError, without the file's name."""
-    if file.suffix == ".parquet":
+    if str(file).endswith(".parquet"):
         yield from parquet_rows(file)
-    elif ".tar" in file.suffixes or file.suffix == ".tgz":
+    elif isinstance(file, str) or ".tar" in file.suffixes or file.suffix == ".tgz":
         yield from tar_rows(file)
     elif name in TABLES or (name is None and is_table(file)):
         yield from table_rows(file, name)

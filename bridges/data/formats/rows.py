@@ -22,6 +22,7 @@ from bridges.data.conversation import Conversation, Example, Turn, ask
 from bridges.data.formats.entries import BYTES, Entry, entries
 from bridges.data.formats.find import FORMATS, files_of, is_hub_id, raw_rows
 from bridges.data.formats.hub import hub_rows
+from bridges.data.formats.remote import Place, place_of, stamp
 from bridges.data.formats.shards import TAR, bytes_in_tar
 from bridges.data.formats.tables import TABLES
 from bridges.data.pictures import BrokenPicture, no_file, open_picture
@@ -41,6 +42,7 @@ class Rows:
 
     - JSON lines, a JSON array, CSV, TSV, Parquet or tar shards, with rows of any layout of `chats.py`, `documents.py`;
       or with a picture (path|image|file_name|filepath) and a caption (caption|text|title), or a question and an answer
+    - shards also by their URLs (`s3://bucket/s-{0000..0012}.tar`, as fsspec knows them), whose pictures stay there
     - JSON files of several lists, see `tables.py`
     - a folder with `metadata.jsonl`, `.csv` or `.parquet`, with MiniGPT-4's `filter_cap.json`, or with shards
 
@@ -67,27 +69,35 @@ class Rows:
             raise ValueError(f"no format {layout!r}; there are {', '.join(FORMATS)}")
         files = [] if is_hub_id(path) else files_of(path)
         self.name, self.prompts, self.kind = str(path), prompts, kind
-        self.images = images or (files[0].parent if files else Path())
+        beside = files[0].parent if files and isinstance(files[0], Path) else Path()
+        self.images = images or beside
         if not self.images.exists():
             raise ValueError(no_file(self.images))
         self.table = _table(str(path), files, layout)
         self.captions = self.table[0]["picture"] is not None
         self.splits = {split for split in self.table.unique("split") if split}
-        self._arrange(np.arange(len(self.table)))
+        self._arrange(range(len(self.table)))
 
-    def _arrange(self, places: np.ndarray) -> None:
-        """The rows of picture i are order[starts[i] : starts[i + 1]]; pictures keep the order of their first rows."""
-        number = np.arange(len(places))
-        if self.captions:
-            column = self.table.data.column("picture").take(places)
-            number = pc.call_function("index_in", [column], pc.SetLookupOptions(column.unique())).to_numpy()
-        self.order = places[np.argsort(number, kind="stable")]
-        self.starts = np.append(0, np.bincount(number).cumsum())
+    def _arrange(self, places: range | np.ndarray) -> None:
+        """The rows of picture i are order[starts[i] : starts[i + 1]]; pictures keep the order of their first rows.
+
+        Where every row is a picture of its own, or a chat, these are ranges and take no memory.
+        """
+        self.order, self.starts = places, range(len(places) + 1)
+        column = self.table.data.column("picture")
+        if isinstance(places, np.ndarray):
+            column = column.take(places)
+        if not self.captions or len(names := column.unique()) == len(places):
+            return
+        number = pc.call_function("index_in", [column], pc.SetLookupOptions(names)).to_numpy()
+        self.order = np.asarray(places, np.uint32)[np.argsort(number, kind="stable")]
+        self.starts = np.append(0, np.bincount(number).cumsum()).astype(np.uint32)
 
     def only(self, split: str) -> "Rows":
         """Those of a split that the data name themselves. Raises ValueError where it is empty."""
         part = copy(self)
-        places = np.flatnonzero(np.array([s == split for s in self.table["split"]]))
+        named = pc.call_function("equal", [self.table.data.column("split"), split])
+        places = np.flatnonzero(named.fill_null(False).to_numpy())
         if not len(places):
             raise ValueError(f"the split {split!r} of {self.name} is empty; it has {', '.join(sorted(self.splits))}")
         part._arrange(places)
@@ -124,8 +134,8 @@ class Rows:
             raise BrokenPicture(f"{name}: {error}") from None
 
 
-def _table(source: str, files: Sequence[Path], layout: str | None) -> Dataset:
-    stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def _table(source: str, files: Sequence[Place], layout: str | None) -> Dataset:
+    stamps = [stamp(file) for file in files]
     disable_progress_bars()
     try:
         return Dataset.from_generator(
@@ -143,7 +153,7 @@ def _table(source: str, files: Sequence[Path], layout: str | None) -> Dataset:
 def _checked(source: str, stamps: tuple[Any, ...], layout: str | None) -> Iterator[dict[str, Any]]:
     """The rows in the table's form. Raises ValueError with the file and the row."""
     captions, dull = None, 0
-    for where, row in _raw(source, [Path(name) for name, *_ in stamps[1:]], layout):
+    for where, row in _raw(source, [place_of(name) for name, *_ in stamps[1:]], layout):
         found = 0
         try:
             for entry in entries(row, None if layout in TABLES else layout):
@@ -168,7 +178,7 @@ def _row(entry: Entry, captions: bool) -> dict[str, Any]:
     return entry._asdict()
 
 
-def _raw(source: str, files: Sequence[Path], layout: str | None) -> Iterator[tuple[str, Any]]:
+def _raw(source: str, files: Sequence[Place], layout: str | None) -> Iterator[tuple[str, Any]]:
     try:
         if not files:
             yield from hub_rows(source)
@@ -178,5 +188,7 @@ def _raw(source: str, files: Sequence[Path], layout: str | None) -> Iterator[tup
                 yield f"{file}, {place}", row
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read: {' '.join(str(error).split())}") from error
     except ValueError as error:
         raise ValueError(str(error) if source in str(error) else f"{source}, {error}") from None

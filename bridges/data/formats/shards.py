@@ -4,22 +4,23 @@ import json
 import re
 import tarfile
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bridges.data.formats.remote import Place, opened, piece, place_of
 from bridges.data.formats.text import Raw
+from bridges.data.pictures import BrokenPicture
 
 PICTURES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "tif", "tiff"}
 TAR = "\0tar\0"
 """Begins the place of a picture in a tar: no path holds a NUL. Then the first byte, how many, the shard, the name."""
 
 
-def parquet_rows(file: Path) -> Raw:
+def parquet_rows(file: Place) -> Raw:
     try:
-        with pq.ParquetFile(file) as table:
+        with opened(file) as raw, pq.ParquetFile(raw) as table:
             number = 0
             for batch in table.iter_batches(batch_size=64):
                 for row in batch.to_pylist():
@@ -29,7 +30,7 @@ def parquet_rows(file: Path) -> Raw:
         raise ValueError(f"no whole Parquet file: {' '.join(str(error).split()):.120}") from None
 
 
-def tar_rows(file: Path) -> Raw:
+def tar_rows(file: Place) -> Raw:
     """One row for the members that have a key, the name up to its first dot, in common: `0001.jpg` and `0001.txt`.
 
     `.json` is a row of any layout, to which `image` is added; `.txt` or `.caption` a caption. Pictures stay in the tar.
@@ -37,7 +38,7 @@ def tar_rows(file: Path) -> Raw:
     key, sample = "", {}
     count = 0
     try:
-        with tarfile.open(file, "r:") as tar:
+        with opened(file) as raw, tarfile.open(fileobj=raw, mode="r:") as tar:
             for member in tar:
                 if not member.isfile():
                     continue
@@ -49,15 +50,15 @@ def tar_rows(file: Path) -> Raw:
                     count, sample = count + 1, {}
                 key = now
                 sample |= _read(file, tar, member, ending.lower())
-            refuse_cut(file, tar.offset)
+            refuse_cut(raw, tar.offset)
     except tarfile.ReadError as error:
-        more = "; unpack it first" if file.suffix != ".tar" else ""
+        more = "; unpack it first" if not str(file).endswith(".tar") else ""
         raise ValueError(f"the shard is cut short or no tar, after {count} whole samples: {error}{more}") from None
     if sample:
         yield f"sample {key.lstrip('/')!r}", sample
 
 
-def _read(file: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> dict[str, Any]:
+def _read(file: Place, tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> dict[str, Any]:
     if ending in PICTURES:
         return {"image": "\0".join([TAR[:-1], str(member.offset_data), str(member.size), str(file), member.name])}
     if ending not in ("txt", "caption", "json"):
@@ -76,24 +77,24 @@ def _read(file: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str
     return {name: value for name, value in row.items() if name != "image"}
 
 
-def refuse_cut(file: Path, offset: int) -> None:
+def refuse_cut(raw: Any, offset: int) -> None:
     """tarfile takes a header that is cut off for the end; a whole tar ends in an empty block."""
-    with file.open("rb") as raw:
-        raw.seek(offset - tarfile.BLOCKSIZE)
-        last = raw.read(2 * tarfile.BLOCKSIZE)
+    raw.seek(offset - tarfile.BLOCKSIZE)
+    last = raw.read(2 * tarfile.BLOCKSIZE)
     if not any(last[at : at + tarfile.BLOCKSIZE] == tarfile.NUL * tarfile.BLOCKSIZE for at in (0, tarfile.BLOCKSIZE)):
         raise tarfile.ReadError("its end is missing")
 
 
 def bytes_in_tar(place: str) -> tuple[bytes, str]:
-    """The bytes of a picture in a tar, and its name for people."""
+    """The bytes of a picture in a tar, and its name for people. Raises BrokenPicture where they cannot be had."""
     first, count, file, name = place[len(TAR) :].split("\0")
-    with Path(file).open("rb") as raw:
-        raw.seek(int(first))
-        return raw.read(int(count)), f"{file}, {name}"
+    try:
+        return piece(place_of(file), int(first), int(count)), f"{file}, {name}"
+    except OSError as error:
+        raise BrokenPicture(f"cannot open {file}, {name}: {' '.join(str(error).split())}") from error
 
 
-def spread(source: str) -> list[Path]:
+def spread(source: str) -> list[Place]:
     """`shard-{0000..0012}.tar` written out, as webdataset does; several ranges are multiplied."""
     parts = re.split(r"\{(\d+)\.\.(\d+)\}", source)
     ranges = [
@@ -102,6 +103,6 @@ def spread(source: str) -> list[Path]:
     ]
     texts = parts[::3]
     return [
-        Path("".join([texts[0], *(n + t for n, t in zip(chosen, texts[1:], strict=True))]))
+        place_of("".join([texts[0], *(n + t for n, t in zip(chosen, texts[1:], strict=True))]))
         for chosen in product(*ranges)
     ]
