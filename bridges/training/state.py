@@ -103,10 +103,8 @@ def steps_done(output: Path) -> int:
 
 def refuse_other_recipe(output: Path, config: dict, recipe: Recipe) -> None:
     """What decides the weights must be as it was; how often to look and to save may change."""
-    free = {
-        *("evaluate_every", "evaluate_size", "save_every", "log_every", "keep", "best"),
-        *("workers", "micro_batch", "track", "gradient_checkpointing"),
-    }
+    looks = {"evaluate_every", "evaluate_size", "save_every", "log_every", "keep", "best", "track"}
+    free = {*looks, "workers", "micro_batch", "gradient_checkpointing"}
     now = {
         "bridge": plain(recipe.bridge),
         "data": plain(vars(recipe.data)),

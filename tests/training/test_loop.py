@@ -279,31 +279,25 @@ def test_broken_pictures_are_skipped_and_listed(
     assert "20.png" in told.out
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_two_processes_equal_one(run: Recipe, tmp_path: Path, processes: int) -> None:
+def test_two_processes_of_accelerate_launch_equal_one(run: Recipe, tmp_path: Path) -> None:
     """Two ranks over gloo, each with half of each batch, of which one has no picture, give the losses of one."""
     run = mixed(run)
     one = train(replace(run, output=str(tmp_path / "one")))
     other = replace(run, output=str(tmp_path / "two"))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(plain(asdict(other))))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--standalone",
-    ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    settings = str(Path(__file__).parents[2] / "recipes" / "accelerate" / "node.yaml")
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", settings, "--num_processes", "2"]
     done = subprocess.run(
-        [*command, "-m", "bridges.cli", "train", str(recipe)],
+        [*start, "--main_process_port", "0", "-m", "bridges.cli", "train", str(recipe)],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(other.output) == pytest.approx(losses(one), abs=1e-5)
     assert (Path(other.output) / STATE).exists()
+    log = (Path(other.output) / "metrics.jsonl").read_text()
+    assert log.count('"step": 1,') == 1, "one process alone writes"
