@@ -100,9 +100,10 @@ def files(language: LanguageTower) -> dict[str, bytes]:
 
 
 def fold(language: LanguageTower) -> None:
-    """Add the adapter to the weights that it stands beside, and take it away."""
+    """Add the adapter to the weights that it stands beside, and take it away: it is another language model then."""
     names = {layer: name for name, layer in language.model.named_modules()}
     for layer in language.adapters:
         layer.merge(safe_merge=True)
         language.model.set_submodule(names[layer], layer.get_base_layer())
     language.adapters = []
+    language.mark()

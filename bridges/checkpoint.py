@@ -47,13 +47,14 @@ class Paired(NamedTuple):
 Built = Assembled | Paired
 
 
-def build(recipe: Recipe, fresh: bool = True) -> Assembled:
+def build(recipe: Recipe, fresh: bool = True, dtype: torch.dtype | None = None) -> Assembled:
     """Frozen towers and a fresh bridge (or that of the checkpoint `start`), in the state before the first step.
 
     Nothing is awake: who trains says `model.train()`. Unless `fresh`, the bridge's weights are to be loaded yet.
+    `dtype` is the language model's, by default what the machine runs fastest.
     """
     vision = vision_tower(recipe)
-    language = language_tower(recipe.language.name, recipe.language.revision, quantized=recipe.language.quantize)
+    language = language_tower(recipe.language.name, recipe.language.revision, dtype, recipe.language.quantize)
     torch.manual_seed(recipe.train.seed)
     bridge = build_bridge(recipe.bridge, vision.dim, vision.num_patches, language.dim, language.num_layers)
     if language.context is not None and bridge.num_slots >= language.context:
@@ -76,17 +77,17 @@ def build(recipe: Recipe, fresh: bool = True) -> Assembled:
         bridge.match_scale(language.embedding_rms())
     if recipe.lora is not None:
         adapter.attach(language, recipe.lora)
-    template = Template(
-        language.tokenizer,
-        bridge.num_slots,
-        recipe.language.template,
-        recipe.language.system,
-        bridge.reads_instructions,
-        vision.tiler,
-    )
-    assembled = Assembled(BridgedModel(vision, bridge, language, IMAGE_TOKEN_ID).eval(), template, recipe)
+    assembled = assemble(vision, bridge, language, recipe)
     start_from(recipe.start, assembled)
     return assembled
+
+
+def assemble(vision: VisionTower, bridge: Bridge, language: LanguageTower, recipe: Recipe) -> Assembled:
+    """The model of its three parts, asleep, and the template in which the recipe says to talk to it."""
+    said = recipe.language
+    read = bridge.reads_instructions
+    template = Template(language.tokenizer, bridge.num_slots, said.template, said.system, read, vision.tiler)
+    return Assembled(BridgedModel(vision, bridge, language, IMAGE_TOKEN_ID).eval(), template, recipe)
 
 
 def build_pairs(recipe: Recipe, fresh: bool = True) -> Paired:

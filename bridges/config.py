@@ -136,6 +136,9 @@ class Train:
     """Steps between checkpoints; there is always one at the end."""
     keep: int = 1
     """How many checkpoints stay: with more than 1 also the last ones in `steps/`, each to talk to, none to resume."""
+    best: Literal["caption_nll", "recall@1", "matching", "captioning"] | None = None
+    """Also keep, in `best/`, the checkpoint with the best held-out figure of this name (of the first stage the last
+    three)."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     workers: int = 1

@@ -7,11 +7,9 @@ from pathlib import Path
 import torch
 
 from bridges import adapter
-from bridges.checkpoint import CONFIG, build, load, load_adapter, load_weights, recipe_of, save_checkpoint
-from bridges.config import Recipe
+from bridges.checkpoint import CONFIG, build, fill, recipe_of, save_checkpoint
 from bridges.files import prepare_output
 from bridges.towers.bundled import quiet_transformers
-from bridges.towers.encoder_decoder import language_tower
 from bridges.towers.language import LanguageTower
 
 LANGUAGE = "language"
@@ -30,26 +28,19 @@ def merge(checkpoint: str | Path, output: str | Path) -> Path:
         raise ValueError(f"{source} has no adapter to fold in: it was trained without lora")
     if (output / CONFIG).exists() or (output / LANGUAGE).exists():
         raise ValueError(f"{output} already holds a checkpoint or a language model; name another --output")
-    load(source)  # towers, bridge and adapter are known to fit before anything is written
-    tower = folded(recipe, source)
+    recipe = replace(recipe, language=replace(recipe.language, quantize=None))
+    assembled = build(recipe, fresh=False, dtype=torch.float32)
+    fill(assembled, source)
+    tower = assembled.model.language
+    adapter.fold(tower)
     prepare_output(output, needed=4 * sum(p.numel() for p in tower.parameters()))
     folder = output / LANGUAGE
     save_language(tower, folder)
-    language = replace(recipe.language, name=str(folder.resolve()), revision=None, quantize=None)
-    merged = build(replace(recipe, output=str(output), language=language, lora=None), fresh=False)
-    load_weights(merged.model.bridge, source)
-    save_checkpoint(output, merged)
+    tower.name = str(folder.resolve())
+    language = replace(recipe.language, name=tower.name, revision=None)
+    merged = replace(recipe, output=str(output), language=language, lora=None)
+    save_checkpoint(output, assembled._replace(recipe=merged))
     return folder
-
-
-def folded(recipe: Recipe, source: Path) -> LanguageTower:
-    """The language model with the adapter of a checkpoint in its weights, in float32."""
-    assert recipe.lora is not None
-    tower = language_tower(recipe.language.name, recipe.language.revision, torch.float32)
-    adapter.attach(tower, recipe.lora)
-    load_adapter(tower, source)
-    adapter.fold(tower)
-    return tower
 
 
 def save_language(tower: LanguageTower, folder: Path) -> None:

@@ -3,6 +3,8 @@
 import os
 import re
 import string
+import subprocess
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -39,6 +41,7 @@ from transformers import (
 
 from bridges.checkpoint import Assembled, build, save_checkpoint
 from bridges.config import Recipe, recipe_from
+from bridges.data.batch import Batch
 from bridges.towers.language import LanguageTower
 
 torch.set_num_threads(1)  # for tensors this small a second thread costs several times what it saves
@@ -49,6 +52,7 @@ SENTENCES = [
     "Yes. No. A cat. Two small birds sit above the blue car. The house is larger than the tree.",
     "user assistant system You are a helpful assistant. The answer is four, I think.",
 ]
+NAMES = ("cat", "dog", "house", "tree", "bird", "car")
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -237,6 +241,32 @@ def tiny_checkpoint(assembled: Assembled) -> Path:
     folder = Path(assembled.recipe.output)
     save_checkpoint(folder, assembled)
     return folder
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    """Twelve pictures in a folder with their captions, all different."""
+    folder, noise = tmp_path / "pictures", np.random.default_rng(0)
+    folder.mkdir()
+    lines = ["file_name,caption"]
+    for i in range(12):
+        Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        lines.append(f"{i}.png,A {NAMES[i % 6]} and a {NAMES[i // 2]}.")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    return folder
+
+
+def said_afresh(folder: Path, batch: Batch) -> Tensor:
+    """Nats of a batch's targets, by a checkpoint that a process of its own loads."""
+    torch.save(vars(batch), folder / "batch.pt")
+    program = (
+        "import sys, torch; from bridges.checkpoint import load; from bridges.data.batch import Batch\n"
+        "from bridges.objectives.language import target_nll\n"
+        "folder = sys.argv[1]; batch = Batch(**torch.load(folder + '/batch.pt', weights_only=False))\n"
+        "with torch.no_grad(): torch.save(target_nll(load(folder).model, batch), folder + '/said.pt')"
+    )
+    subprocess.run([sys.executable, "-c", program, str(folder)], check=True)
+    return torch.load(folder / "said.pt")
 
 
 @pytest.fixture(scope="session")

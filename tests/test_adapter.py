@@ -1,16 +1,15 @@
 """LoRA: what trains and what stays, that a checkpoint carries it whole, and that plain peft reads it the same."""
 
 import json
-import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from conftest import said_afresh
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -191,17 +190,9 @@ def test_blocks_inside_the_language_model_go_on_beside_an_adapter(recipe: Recipe
 def test_it_is_loaded_with_the_checkpoint_in_a_fresh_process(adapted: Assembled, batch: Batch) -> None:
     folder = Path(adapted.recipe.output)
     save_checkpoint(folder, adapted)
-    torch.save(vars(batch), folder / "batch.pt")
-    program = (
-        "import sys, torch; from bridges.checkpoint import load; from bridges.data.batch import Batch\n"
-        "from bridges.objectives.language import target_nll\n"
-        "folder = sys.argv[1]; batch = Batch(**torch.load(folder + '/batch.pt', weights_only=False))\n"
-        "with torch.no_grad(): torch.save(target_nll(load(folder).model, batch), folder + '/said.pt')"
-    )
-    subprocess.run([sys.executable, "-c", program, str(folder)], check=True)
     with torch.no_grad():
         expected = target_nll(adapted.model, batch)
-    torch.testing.assert_close(torch.load(folder / "said.pt"), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(said_afresh(folder, batch), expected, atol=1e-6, rtol=1e-6)
     assert asdict(load(folder).recipe) == asdict(adapted.recipe)
 
 
@@ -305,16 +296,9 @@ def test_without_peft_the_extra_is_named(recipe: Recipe, monkeypatch: pytest.Mon
 
 
 @pytest.fixture
-def run(recipe: Recipe, tmp_path: Path) -> Recipe:
+def run(recipe: Recipe, captions: Path) -> Recipe:
     """Six steps on twelve pictures, with an adapter whose dropout is awake."""
-    noise, lines = np.random.default_rng(0), ["file_name,caption"]
-    (tmp_path / "pictures").mkdir()
-    for i in range(12):
-        picture = Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8))
-        picture.save(tmp_path / "pictures" / f"{i}.png")
-        lines.append(f"{i}.png,A {('cat', 'dog', 'bird')[i % 3]}.")
-    (tmp_path / "pictures" / "metadata.csv").write_text("\n".join(lines))
-    recipe.data.source, recipe.lora = str(tmp_path / "pictures"), replace(LORA, dropout=0.3, lr=1e-3)
+    recipe.data.source, recipe.lora = str(captions), replace(LORA, dropout=0.3, lr=1e-3)
     recipe.train = replace(
         recipe.train, steps=6, batch=4, lr=1e-2, warmup=2, evaluate_every=2, save_every=3, log_every=1
     )

@@ -1,6 +1,7 @@
 """A merged model says what the adapted one said, and is a model like any other."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,20 @@ def test_logits_before_and_after_agree(recipe: Recipe, pictures: list[Image.Imag
     torch.testing.assert_close(target_nll(after.model, batch), target_nll(before.model, batch), atol=1e-5, rtol=1e-5)
     assert after.model.language.fingerprint() != before.model.language.fingerprint()
     assert {p.name for p in (tmp_path / "merged").iterdir()} == {LANGUAGE, CONFIG, WEIGHTS, "README.md"}
+
+
+def test_the_language_model_is_loaded_once(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe.lora = LORA
+    save_checkpoint(Path(recipe.output), build(recipe))
+    loaded, original = [], AutoModelForCausalLM.from_pretrained
+
+    def counted(path: str, **options: Any) -> Any:
+        loaded.append(path)
+        return original(path, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
+    merge(recipe.output, tmp_path / "merged")
+    assert loaded == [recipe.language.name]
 
 
 @torch.no_grad()

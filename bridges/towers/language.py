@@ -53,7 +53,7 @@ class LanguageTower(nn.Module):
         if missing := sorted(report["missing_keys"]):  # transformers would make them up
             raise ValueError(f"{name_or_path} lacks {len(missing)} weights of the language model, such as {missing[0]}")
         self.requires_grad_(False)
-        self._fingerprint = fingerprint(self.model)
+        self.mark()
         self.quantized = quantize(self.model, quantized) if quantized else []
         self.adapters: list[Any] = []
         self.train(False)
@@ -173,11 +173,15 @@ class LanguageTower(nn.Module):
     def empty_cache(self) -> Cache:
         return DynamicCache(config=self.model.config)
 
+    def mark(self) -> None:
+        """From now on the weights as they are tell this model from others."""
+        self._fingerprint = fingerprint(self.model)
+
     def fingerprint(self) -> str:
         """Twelve hex digits that tell this model's weights from another's: a strided sample of every tensor.
 
-        Compared as bfloat16, because a model trained beside in bf16 may be talked to in fp32; and as they were read,
-        before they were quantized or had an adapter.
+        Compared as bfloat16, because a model trained beside in bf16 may be talked to in fp32; and as they were read
+        (or marked), before they were quantized or had an adapter.
         """
         return self._fingerprint
 

@@ -39,6 +39,18 @@ def open_sources(recipe: Recipe) -> list[Source]:
     ]
 
 
+def sizes_of(sources: Sequence[Source]) -> list[tuple[str, int]]:
+    """The name of each, and its number of examples."""
+    return [(source.name, len(source.data)) for source in sources]
+
+
+def tell_broken(sources: Sequence[Source]) -> None:
+    """Print which pictures of each were skipped, if any."""
+    for source in sources:
+        if source.data.broken:
+            print(f"{source.name}: {source.data.summary()}")
+
+
 def prefetched(
     stage: Stage, sources: Sequence[Source], first: int, rank: int = 0, processes: int = 1
 ) -> Iterator[list[Share]]:

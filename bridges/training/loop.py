@@ -15,12 +15,12 @@ from bridges.config import Recipe, Train, read_recipe
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split, told
 from bridges.files import prepare_output
-from bridges.interrupt import interruptible
+from bridges.interrupt import Stop, interruptible
 from bridges.training.display import Display
 from bridges.training.engine import Engine, open_accelerator, seed_step
-from bridges.training.feed import Share, open_sources, prefetched
+from bridges.training.feed import Share, Source, open_sources, prefetched, sizes_of, tell_broken
 from bridges.training.stage import Figures, Loss, Stage, open_stage, refuse_equal_captions
-from bridges.training.state import restore, save_run, steps_done
+from bridges.training.state import restore, save_best, save_run, steps_done
 from bridges.training.zero import chosen_engine, open_engine, zero_settings
 
 
@@ -42,52 +42,56 @@ def train(recipe: Recipe, resume: bool = False, engine: str | None = None) -> Pa
     model: Any = stage.built.model.to(accelerator.device).train()
     prepare_output(output, needed=20 * sum(p.numel() for p in trained(stage.built)))
     sources = open_sources(recipe)
-    sizes = [(source.name, len(source.data)) for source in sources]
     if accelerator.is_main_process:
         print(*(told(source.name, source.data.rows) for source in sources), sep="\n")
     refuse_equal_captions(stage, sources[0].data)
     held = validation_batch(stage, min(settings.evaluate_size, settings.batch * 4))
-    first, moments = restore(stage.built, sizes) if resume else (0, {})
+    first, moments = restore(stage.built, sizes_of(sources)) if resume else (0, {})
     accelerator.wait_for_everyone()
-    groups = parameter_groups(model.bridge, settings)
-    peaks = [settings.lr] * len(groups)
-    if recipe.lora is not None:
-        beside = parameter_groups(nn.ModuleList(model.language.adapters), settings)
-        groups, peaks = groups + beside, peaks + [recipe.lora.lr or settings.lr] * len(beside)
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
 
     with Display(stage.built, first, accelerator) as display, interruptible() as stop:
-        run = open_engine(accelerator, model, optimizer, zero)
+        run = open_engine(accelerator, model, adam(model, recipe), zero)
         if moments:
             run.set_moments(moments)
-        step = first
-        asked = False
-        feed = prefetched(stage, sources, first, accelerator.process_index, accelerator.num_processes)
-        for step, shares in enumerate(feed, start=first + 1):
-            for group, peak in zip(run.optimizer.param_groups, peaks, strict=True):
-                group["lr"] = learning_rate(step, replace(settings, lr=peak))
-            seed_step(settings.seed, step, accelerator.process_index)
-            figures = train_step(run, shares, settings.clip, stage.loss)
-            display.advance(step, figures, run.optimizer.param_groups[0]["lr"])
-            asked = bool(summed(accelerator, torch.tensor(int(stop.asked), device=accelerator.device)))
-            if step % settings.log_every == 0 or step == settings.steps:
-                display.log(step)
-            if step % settings.evaluate_every == 0 or step == settings.steps:
-                held_out, watched = measured(stage, run, held)
-                display.validation(step, held_out)
-                display.bridge(step, watched)
-            if step % settings.save_every == 0 or step == settings.steps or asked:
-                save_run(run, stage.built, sizes, step)
-            if asked:
-                break
-    for source in sources:
-        if accelerator.is_main_process and source.data.broken:
-            print(f"{source.name}: {source.data.summary()}")
-    if asked:
+        step, stopped = take_steps(run, stage, sources, held, display, stop)
+    if accelerator.is_main_process:
+        tell_broken(sources)
+    if stopped:
         raise KeyboardInterrupt(
             f"stopped after step {step} of {settings.steps} and saved in {output}; add --resume to go on"
         )
     return output
+
+
+def take_steps(
+    run: Engine, stage: Stage, sources: Sequence[Source], held: Any, display: Display, stop: Stop
+) -> tuple[int, bool]:
+    """The steps after those that `display` knows of, to the end or to Ctrl-C. Returns the last; was it Ctrl-C?
+
+    `held` is the batch of held-out examples that is looked at now and then.
+    """
+    settings, accelerator = stage.built.recipe.train, run.accelerator
+    step, asked = display.first, False
+    feed = prefetched(stage, sources, display.first, accelerator.process_index, accelerator.num_processes)
+    for step, shares in enumerate(feed, start=display.first + 1):
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(step, replace(settings, lr=group["peak"]))
+        seed_step(settings.seed, step, accelerator.process_index)
+        figures = train_step(run, shares, settings.clip, stage.loss)
+        display.advance(step, figures, run.optimizer.param_groups[0]["lr"])
+        asked = bool(summed(accelerator, torch.tensor(int(stop.asked), device=accelerator.device)))
+        if step % settings.log_every == 0 or step == settings.steps:
+            display.log(step)
+        if step % settings.evaluate_every == 0 or step == settings.steps:
+            held_out, watched = measured(stage, run, held)
+            display.validation(step, held_out)
+            display.bridge(step, watched)
+            save_best(run, stage.built)
+        if step % settings.save_every == 0 or step == settings.steps or asked:
+            save_run(run, stage.built, sizes_of(sources), step)
+        if asked:
+            break
+    return step, asked
 
 
 def after_its_start(recipe: Recipe, resume: bool, engine: str) -> Recipe:
@@ -195,9 +199,19 @@ def learning_rate(step: int, settings: Train) -> float:
     return least + (settings.lr - least) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def adam(model: Any, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW on the bridge, and on the adapter at a rate of its own. Every group holds the `peak` of its rate."""
+    settings = recipe.train
+    groups = parameter_groups(model.bridge, settings)
+    if recipe.lora is not None:
+        own = replace(settings, lr=recipe.lora.lr or settings.lr)
+        groups += parameter_groups(nn.ModuleList(model.language.adapters), own)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+
+
 def parameter_groups(part: nn.Module, settings: Train) -> list[dict[str, Any]]:
     """What trains of the bridge, or of the adapter. Weight decay on matrices only: biases, norms and gates are left
     alone."""
     own = [p for p in part.parameters() if p.requires_grad]
     kinds = [([p for p in own if p.ndim > 1], settings.weight_decay), ([p for p in own if p.ndim <= 1], 0.0)]
-    return [{"params": some, "weight_decay": decay} for some, decay in kinds if some]
+    return [{"params": some, "weight_decay": decay, "peak": settings.lr} for some, decay in kinds if some]

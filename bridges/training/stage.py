@@ -37,6 +37,9 @@ class Stage:
 
 def open_stage(recipe: Recipe) -> Stage:
     """The stage of a recipe. ValueError for anything in it that the user can mend."""
+    if (best := recipe.train.best) and (best == "caption_nll") == bool(recipe.objectives):
+        known = "recall@1, matching and captioning are" if recipe.objectives else "caption_nll is"
+        raise ValueError(f"train.best {best} is not measured in this stage; {known}")
     return pair_stage(recipe) if recipe.objectives else language_stage(recipe)
 
 

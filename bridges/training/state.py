@@ -1,6 +1,7 @@
 """What a run needs to go on as if it had never stopped. Data and dropout are functions of the step: not kept."""
 
 import io
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import fields
@@ -21,9 +22,11 @@ from bridges.checkpoint import (
 )
 from bridges.config import Lora, Recipe
 from bridges.files import finish, replacing, write
+from bridges.training.display import METRICS
 from bridges.training.engine import Engine, Moments
 
-STATE, STEPS = "trainer/state.pt", "steps"
+STATE, STEPS, BEST = "trainer/state.pt", "steps", "best"
+IN_NATS = ("caption_nll", "captioning")  # of the held-out figures those that are better when less
 
 
 def save_run(engine: Engine, built: Built, sizes: Sequence[tuple[str, int]], step: int) -> None:
@@ -43,6 +46,24 @@ def save_run(engine: Engine, built: Built, sizes: Sequence[tuple[str, int]], ste
                     save_checkpoint(fresh / STEPS / f"{step:07}", built)
             for old in sorted((output / STEPS).glob("*"))[:-keep]:
                 shutil.rmtree(old)
+    engine.accelerator.wait_for_everyone()
+
+
+def save_best(engine: Engine, built: Built) -> None:
+    """A checkpoint in `best/`, where the last look at held-out data is the best so far by `train.best`.
+
+    What was seen before is in metrics.jsonl, so a resumed run knows it. All processes have to ask.
+    """
+    if (name := built.recipe.train.best) is None:
+        return
+    output = Path(built.recipe.output)
+    with engine.whole():
+        if engine.accelerator.is_main_process:
+            rows = map(json.loads, (output / METRICS).read_text().splitlines())
+            seen = [row["validation"][name]["image"] for row in rows if "validation" in row]
+            if seen[-1] == (min if name in IN_NATS else max)(seen):
+                with replacing(output / BEST) as fresh:
+                    save_checkpoint(fresh, built)
     engine.accelerator.wait_for_everyone()
 
 
@@ -82,8 +103,8 @@ def steps_done(output: Path) -> int:
 
 def refuse_other_recipe(output: Path, config: dict, recipe: Recipe) -> None:
     """What decides the weights must be as it was; how often to look and to save may change."""
-    free = {"evaluate_every", "evaluate_size", "save_every", "log_every", "keep", "workers", "micro_batch", "track"}
-    free |= {"gradient_checkpointing"}
+    looks = {"evaluate_every", "evaluate_size", "save_every", "log_every", "keep", "best", "track"}
+    free = {*looks, "workers", "micro_batch", "gradient_checkpointing"}
     now = {
         "bridge": plain(recipe.bridge),
         "data": plain(vars(recipe.data)),

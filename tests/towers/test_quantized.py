@@ -1,6 +1,5 @@
 """A quantized tower is the model with rounded weights, in logits and gradients; what trains beside it is not rounded."""
 
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 import yaml
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-from conftest import tiny_language
+from conftest import said_afresh, tiny_language
 from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
 from PIL import Image
@@ -98,17 +97,9 @@ def test_train_save_and_load_in_a_fresh_process(adapted: Assembled, batch: Batch
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {n for n in before if n.startswith("bridge.") or ".lora_" in n}
     save_checkpoint(folder, adapted)
-    torch.save(vars(batch), folder / "batch.pt")
-    program = (
-        "import sys, torch; from bridges.checkpoint import load; from bridges.data.batch import Batch\n"
-        "from bridges.objectives.language import target_nll\n"
-        "folder = sys.argv[1]; batch = Batch(**torch.load(folder + '/batch.pt', weights_only=False))\n"
-        "with torch.no_grad(): torch.save(target_nll(load(folder).model, batch), folder + '/said.pt')"
-    )
-    subprocess.run([sys.executable, "-c", program, str(folder)], check=True)
     with torch.no_grad():
         expected = target_nll(model.eval(), batch)
-    torch.testing.assert_close(torch.load(folder / "said.pt"), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(said_afresh(folder, batch), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -53,7 +53,9 @@ def save(folder: Path, content: bytes) -> None:
             write(fresh / name, content)
 
 
-def stop_at(step: str, output: str) -> None:
+def stop_at(step: int | str, output: str) -> None:
+    """A real SIGINT as soon as a step is in the log."""
+
     def wait() -> None:
         log = Path(output) / "metrics.jsonl"
         while not log.exists() or f'"step": {step},' not in log.read_text():

@@ -7,40 +7,33 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from conftest import NAMES
 from safetensors.torch import load_file
 
+from bridges.adapter import WEIGHTS
 from bridges.checkpoint import load, plain
-from bridges.config import Recipe
+from bridges.config import Lora, Recipe
 from bridges.training.engine import flat
 from bridges.training.loop import train
 from bridges.training.zero import chosen_engine, zero_settings
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="the extra [deepspeed] is not installed")
-WORDS = ("cat", "dog", "house", "tree", "bird")
 
 
 @pytest.fixture
-def run(recipe: Recipe, tmp_path: Path) -> Recipe:
+def run(recipe: Recipe, captions: Path, tmp_path: Path) -> Recipe:
     """Pictures, and beside them texts of which every other one has a picture: two of them a step."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    noise = np.random.default_rng(0)
-    lines, rows = ["file_name,caption"], []
+    rows = []
     for i in range(12):
-        Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        lines.append(f"{i}.png,A {WORDS[i % 5]} and a {WORDS[i % 3]}.")
         said = [{"type": "text", "text": "Say."}, *([{"type": "image", "path": f"{i}.png"}] if i % 2 else [])]
-        answer = {"role": "assistant", "content": f"A {WORDS[i % 5]}."}
+        answer = {"role": "assistant", "content": f"A {NAMES[i % 6]}."}
         rows.append(json.dumps({"messages": [{"role": "user", "content": said}, answer]}))
-    (folder / "metadata.csv").write_text("\n".join(lines))
-    (folder / "texts.jsonl").write_text("\n".join(rows))
-    recipe.data.source = str(folder)
-    recipe.also = [replace(recipe.data, source=str(folder / "texts.jsonl"), batch=2, weight=0.2)]
+    (captions / "texts.jsonl").write_text("\n".join(rows))
+    recipe.data.source = str(captions)
+    recipe.also = [replace(recipe.data, source=str(captions / "texts.jsonl"), batch=2, weight=0.2)]
     recipe.train = replace(recipe.train, steps=5, batch=4, micro_batch=1, lr=1e-2, warmup=2, seed=3)
     recipe.train = replace(recipe.train, evaluate_every=5, save_every=100, log_every=1)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain(asdict(recipe))))
@@ -58,8 +51,8 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def difference(one: Path, other: Path) -> float:
-    ours, theirs = (load_file(folder / "bridge.safetensors") for folder in (one, other))
+def difference(one: Path, other: Path, file: str = "bridge.safetensors") -> float:
+    ours, theirs = (load_file(folder / file) for folder in (one, other))
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
@@ -123,6 +116,28 @@ def test_a_process_of_zero_killed_in_its_saves_goes_on_to_the_same_bits(run: Rec
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert difference(tmp_path / "killed", tmp_path / "whole") == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+@needs_deepspeed
+def test_lora_beside_every_engine_is_lora_in_one_process(run: Recipe, tmp_path: Path) -> None:
+    """With the frozen weights shared out too, all of them, and gone on with by another engine."""
+    run = replace(run, lora=Lora(rank=2, lr=3e-3), train=replace(run.train, steps=3, save_every=2))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain(asdict(run))))
+    (tmp_path / "all.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
+    )
+    one = train(replace(run, output=str(tmp_path / "one")))
+    command = f"train {tmp_path / 'recipe.yaml'} --output={tmp_path}/"
+    engines = {"ddp": "ddp", "zero2": "zero2", "zero3": str(tmp_path / "all.json")}
+    lines = [f"{command}{name} --engine {engine}" for name, engine in engines.items()]
+    stopped = ["stop=1", f"{command}stopped --engine {engines['zero3']}", f"{command}stopped --engine zero2 --resume"]
+    ended = launch([*lines, *stopped])
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    for name in (*engines, "stopped"):
+        assert losses(tmp_path / name) == pytest.approx(losses(one), abs=1e-5), name
+        assert difference(tmp_path / name, one) < 1e-5, name
+        assert difference(tmp_path / name, one, WEIGHTS) < 1e-5, name
+        assert (tmp_path / name / WEIGHTS).stat().st_size == (one / WEIGHTS).stat().st_size
 
 
 def test_processes_that_disagree_about_the_recipe_are_told(run: Recipe, tmp_path: Path) -> None:

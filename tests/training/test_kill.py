@@ -23,16 +23,8 @@ from bridges.training.loop import train
 
 
 @pytest.fixture
-def run(recipe: Recipe, tmp_path: Path) -> Recipe:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    noise = np.random.default_rng(0)
-    lines = ["file_name,caption"]
-    for i in range(12):
-        Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        lines.append(f"{i}.png,A {('cat', 'dog', 'bird')[i % 3]}.")
-    (folder / "metadata.csv").write_text("\n".join(lines))
-    recipe.data.source = str(folder)
+def run(recipe: Recipe, captions: Path) -> Recipe:
+    recipe.data.source = str(captions)
     recipe.bridge = {"name": "qformer", "queries": 2, "layers": 2, "width": 16, "heads": 2, "dropout": 0.1}
     recipe.train = replace(recipe.train, steps=6, batch=4, lr=1e-2, warmup=2, seed=3, evaluate_every=100)
     recipe.train = replace(recipe.train, evaluate_size=2, save_every=2, log_every=1)

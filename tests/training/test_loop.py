@@ -2,11 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from commands import stop_at
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -28,20 +26,6 @@ from bridges.training.stage import make_batch, said_loss
 from bridges.training.state import STATE
 
 WORDS = ("cat", "dog", "house", "tree", "bird")
-
-
-@pytest.fixture
-def captions(tmp_path: Path) -> Path:
-    """Twelve pictures in a folder with their captions."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    noise = np.random.default_rng(0)
-    lines = ["file_name,caption"]
-    for i in range(12):
-        Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        lines.append(f"{i}.png,A {WORDS[i % 5]} and a {WORDS[i % 3]}.")
-    (folder / "metadata.csv").write_text("\n".join(lines))
-    return folder
 
 
 @pytest.fixture
@@ -140,7 +124,7 @@ def test_a_mixed_run_logs_every_source_and_goes_on_exactly(run: Recipe, tmp_path
     run = mixed(run)
     whole = train(replace(run, output=str(tmp_path / "whole")))
     part = replace(run, output=str(tmp_path / "part"))
-    interrupt_at(2, part.output)
+    stop_at(2, part.output)
     with pytest.raises(KeyboardInterrupt):
         train(part)
     train(part, resume=True)
@@ -182,7 +166,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run: Recipe, tmp_path: Path) -> 
     whole = train(replace(run, output=str(tmp_path / "whole")))
     part = replace(run, output=str(tmp_path / "part"))
 
-    interrupt_at(2, part.output)
+    stop_at(2, part.output)
     with pytest.raises(KeyboardInterrupt, match="--resume"):
         train(part)
     assert len(losses(part.output)) < 6
@@ -190,18 +174,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(run: Recipe, tmp_path: Path) -> 
     assert losses(part.output) == losses(whole)
     ours, theirs = (load_file(Path(folder) / "bridge.safetensors") for folder in (part.output, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def interrupt_at(step: int, output: str) -> None:
-    """A real SIGINT as soon as a step is in the log."""
-
-    def wait() -> None:
-        log = Path(output) / "metrics.jsonl"
-        while not log.exists() or f'"step": {step}' not in log.read_text():
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def test_resume_needs_the_same_recipe(run: Recipe) -> None:
@@ -219,12 +191,39 @@ def test_a_finished_run_is_not_overwritten(run: Recipe) -> None:
 
 
 def test_as_many_of_the_last_checkpoints_are_kept_as_are_asked_for(run: Recipe) -> None:
-    folder = train(replace(run, train=replace(run.train, save_every=1, steps=3, keep=2, min_lr=1e-3)))
+    run.train = replace(run.train, save_every=1, evaluate_every=1, steps=3, keep=2, min_lr=1e-3, best="caption_nll")
+    folder = train(run)
     assert sorted(path.name for path in (folder / "steps").iterdir()) == ["0000002", "0000003"]
     last, before = (load(folder / "steps" / name).model.bridge.state_dict() for name in ("0000003", "0000002"))
     now = load(folder).model.bridge.state_dict()
     assert all(torch.equal(now[name], last[name]) for name in now)
     assert not all(torch.equal(now[name], before[name]) for name in now)
+    best = load(folder / "best").model.bridge.state_dict()
+    assert all(torch.equal(best[name], now[name]) for name in now), "a better one takes its place"
+
+
+def test_the_best_checkpoint_by_a_chosen_figure_is_kept_also_over_a_resume(run: Recipe, captions: Path) -> None:
+    """Held-out captions get less and less likely, the more is learnt of others."""
+    other = captions.parent / "other.csv"
+    other.write_text("path,caption\n" + "\n".join(f"pictures/{i}.png,9 8 7 6 5 4 3 2 1" for i in range(4)))
+    run.data.validation = str(other)
+    run.train = replace(run.train, warmup=1, evaluate_every=1, save_every=1, keep=6, best="caption_nll")
+    stop_at(4, run.output)
+    with pytest.raises(KeyboardInterrupt):
+        train(run)
+    folder = train(run, resume=True)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figures = {row["step"]: row["validation"]["caption_nll"]["image"] for row in rows if "validation" in row}
+    least = min(figures, key=lambda step: figures[step])
+    assert least < 4, figures
+    best, then, now = (load(folder / n).model.bridge.state_dict() for n in ("best", f"steps/{least:07}", "."))
+    assert all(torch.equal(best[name], then[name]) for name in then)
+    assert not all(torch.equal(best[name], now[name]) for name in then)
+
+
+def test_a_figure_that_is_not_measured_cannot_choose_the_best(run: Recipe) -> None:
+    with pytest.raises(ValueError, match=r"train\.best matching is not measured in this stage; caption_nll is"):
+        train(replace(run, train=replace(run.train, best="matching")))
 
 
 def test_a_broken_number_stops_the_run_and_names_its_module(assembled: Assembled, pictures: list[Image.Image]) -> None:
@@ -280,31 +279,25 @@ def test_broken_pictures_are_skipped_and_listed(
     assert "20.png" in told.out
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_two_processes_equal_one(run: Recipe, tmp_path: Path, processes: int) -> None:
+def test_two_processes_of_accelerate_launch_equal_one(run: Recipe, tmp_path: Path) -> None:
     """Two ranks over gloo, each with half of each batch, of which one has no picture, give the losses of one."""
     run = mixed(run)
     one = train(replace(run, output=str(tmp_path / "one")))
     other = replace(run, output=str(tmp_path / "two"))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(plain(asdict(other))))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--standalone",
-    ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    settings = str(Path(__file__).parents[2] / "recipes" / "accelerate" / "node.yaml")
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", settings, "--num_processes", "2"]
     done = subprocess.run(
-        [*command, "-m", "bridges.cli", "train", str(recipe)],
+        [*start, "--main_process_port", "0", "-m", "bridges.cli", "train", str(recipe)],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(other.output) == pytest.approx(losses(one), abs=1e-5)
     assert (Path(other.output) / STATE).exists()
+    log = (Path(other.output) / "metrics.jsonl").read_text()
+    assert log.count('"step": 1,') == 1, "one process alone writes"

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -26,30 +25,15 @@ from bridges.training import loop
 from bridges.training.loop import train
 from bridges.training.stage import make_batch, open_stage
 
-NAMES = ("cat", "dog", "house", "tree", "bird", "car")
 SMALL: dict[str, Any] = {"name": "qformer", "queries": 4, "layers": 2, "width": 32, "heads": 4, "inner": 48}
 
 
 @pytest.fixture
-def pairs(tmp_path: Path) -> Path:
-    """Twelve pictures with their captions."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    noise = np.random.default_rng(0)
-    lines = ["file_name,caption"]
-    for i in range(12):
-        Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        lines.append(f"{i}.png,A {NAMES[i % 6]} and a {NAMES[i // 2]}.")
-    (folder / "metadata.csv").write_text("\n".join(lines))
-    return folder
-
-
-@pytest.fixture
-def first(recipe: Recipe, pairs: Path, tiny_bert_folder: Path) -> Recipe:
+def first(recipe: Recipe, captions: Path, tiny_bert_folder: Path) -> Recipe:
     """A first stage of six steps."""
     recipe.objectives = {"contrastive": 1.0, "matching": 1.0, "captioning": 1.0}
     recipe.bridge = {**SMALL, "reads": "pairs", "bert": str(tiny_bert_folder)}
-    recipe.data.source = str(pairs)
+    recipe.data.source = str(captions)
     recipe.output = recipe.output + "_first"
     recipe.train = replace(
         recipe.train, steps=6, batch=6, lr=1e-3, warmup=2, evaluate_every=3, save_every=3, log_every=1, seed=3
@@ -116,9 +100,9 @@ def test_a_first_stage_that_cannot_learn_is_refused(first: Recipe, change: Any, 
         open_stage(change(first))
 
 
-def test_captions_that_are_all_equal_are_refused(first: Recipe, pairs: Path) -> None:
-    lines = (pairs / "metadata.csv").read_text().splitlines()
-    (pairs / "metadata.csv").write_text("\n".join([lines[0], *(f"{i}.png,A photo." for i in range(12))]))
+def test_captions_that_are_all_equal_are_refused(first: Recipe, captions: Path) -> None:
+    lines = (captions / "metadata.csv").read_text().splitlines()
+    (captions / "metadata.csv").write_text("\n".join([lines[0], *(f"{i}.png,A photo." for i in range(12))]))
     with pytest.raises(ValueError, match=r"all captions are 'a photo\.'"):
         train(first)
 
