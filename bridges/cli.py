@@ -350,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, ArgumentError) as error:
         sys.exit(complain(error))
     except KeyboardInterrupt as error:
-        print(f"bridges: {error or 'stopped'}", file=sys.stderr)
+        print(f"bridges: {str(error) or 'stopped'}", file=sys.stderr)
         sys.exit(130)
 
 

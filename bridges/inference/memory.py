@@ -57,7 +57,8 @@ class Memory:
                 continue
             # A template may put a space before the words of a turn that the first of them took with it in the reply.
             known = re.match(f"{re.escape(mark.prompt)} *{re.escape(mark.said)}", text)
-            if known:
+            # Where nothing was said, and again nothing is new, it takes the logits of the mark before.
+            if known and (mark.unread or known.end() < len(text)):
                 return mark, known.end()
         return Mark(), 0  # nothing was read that can be kept, or the template rewrites the past
 

@@ -80,8 +80,8 @@ class Body(Checked):
 
     model: str
     messages: list[Message] = Field(min_length=1)
-    temperature: float = Field(0, ge=0, le=2)
-    top_p: float = Field(1, gt=0, le=1)
+    temperature: float = Field(0.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     stop: list[Annotated[str, Field(min_length=1)]] = Field([], max_length=4)
@@ -90,8 +90,8 @@ class Body(Checked):
     stream_options: StreamOptions = StreamOptions()
 
     n: int = Field(1, ge=1, le=1)
-    presence_penalty: float = Field(0, ge=0, le=0)
-    frequency_penalty: float = Field(0, ge=0, le=0)
+    presence_penalty: float = Field(0.0, ge=0, le=0)
+    frequency_penalty: float = Field(0.0, ge=0, le=0)
     logprobs: Literal[False] = False
     logit_bias: dict[str, Any] = Field({}, max_length=0)
     response_format: TextFormat | None = None

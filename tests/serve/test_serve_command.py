@@ -94,7 +94,7 @@ def test_thirty_two_clients_for_two_minutes_neither_mix_nor_fill_the_memory(tiny
         [Turn("user", [picture, QUESTIONS[0]]), *(Turn("user", [q]) for q in QUESTIONS[1:])] for picture in pictures
     ]
     expected = [alone(model, questions) for questions in turns]
-    with command(tiny_checkpoint) as (process, url):
+    with command(tiny_checkpoint, "--sessions", "64") as (process, url):
         memory: list[float] = []
         over = time.monotonic() + SECONDS
 
