@@ -191,6 +191,9 @@ class Session:
         mark, end = self._memory.latest(text, keys)
         ids, _, looks = template.tokenize(text[end:])
         looks = [len(mark.keys) + look for look in [0] * len(mark.unread) + looks]
+        if not mark.read:  # another conversation, which may begin like the one before
+            mark = self._memory.common(ids, looks, keys)
+            ids, looks = ids[mark.read :], looks[mark.read :]
         return Plan(mark, [*mark.unread, *ids], looks, text, list(turns), keys)
 
     def _read_new(self, plan: Plan) -> tuple[Float[Tensor, "1 vocab"], Seen]:
@@ -205,7 +208,7 @@ class Session:
         mask = torch.ones(1, plan.size, dtype=torch.long, device=device)
         last = (torch.zeros(1, dtype=torch.long, device=device), torch.tensor([len(plan.ids) - 1], device=device))
         logits = model.language(embeds, mask, positions, last, self._memory.cache, self._sight(seen, plan.looks))
-        self._memory.looks += plan.looks
+        self._memory.add(plan.ids, plan.looks, plan.keys)
         self._memory.mark(Mark(plan.text, "", plan.size, (), plan.keys, logits))
         return logits, seen
 
@@ -245,7 +248,7 @@ class Session:
         """A turn, and a mark after as many of the ids as say just that: half a character is in no turn, for one."""
         language = self.assembled.model.language
         self.turns.append(Turn("assistant", [shown]))
-        self._memory.looks += [len(plan.keys)] * (len(said) - 1)
+        self._memory.add(said[:-1], [len(plan.keys)] * (len(said) - 1), plan.keys)
         ids = until_end(said, language.end_ids)  # the template prints the end itself
         for count in range(len(ids), -1, -1):
             if language.decode(ids[:count]).lstrip(" ") == shown:

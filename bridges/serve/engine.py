@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -44,7 +45,7 @@ class Job:
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
     def tell(self, event: Event) -> None:
-        if not self.loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: the server was stopped meanwhile
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 

@@ -140,6 +140,15 @@ def test_two_conversations_from_one_beginning_both_go_on(client: OpenAI, picture
     assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens, "the second one was not lost to the third"
 
 
+def test_another_question_about_a_picture_reads_only_the_question(client: OpenAI, pictures: list[Image.Image]) -> None:
+    system = {"role": "system", "content": "Name it. I think there is a house."}
+    streamed(client, [system, user(pictures[1], pictures[2], "Which is larger?")])
+    _, usage = streamed(client, [system, user(pictures[1], pictures[2], "Which is red?")])
+    assert usage.prompt_tokens - usage.prompt_tokens_details.cached_tokens < 20
+    _, usage = streamed(client, [system, user(pictures[1], pictures[0], "Which is red?")])
+    assert 16 < usage.prompt_tokens - usage.prompt_tokens_details.cached_tokens < 36, "a picture has 16 tokens"
+
+
 def test_no_more_conversations_are_kept_than_allowed(built: Assembled) -> None:
     with serving(built, sessions=2) as served, served.client() as client:
         for number in range(4):
