@@ -1,6 +1,5 @@
 """What the language model has read, and points to which that can be rolled back."""
 
-import re
 from collections.abc import Sequence
 from copy import copy, deepcopy
 from itertools import takewhile
@@ -29,6 +28,14 @@ class Mark(NamedTuple):
     """Of the pictures so far"""
     logits: Tensor | None = None
     """After a prompt without an answer: what follows it"""
+
+    def end_in(self, text: str) -> int | None:
+        """Where it is in a text that begins so. A template may put a space before the words of a turn that the first
+        of them took with it in the reply."""
+        if not text.startswith(self.prompt):
+            return None
+        start = len(text) - len(text[len(self.prompt) :].lstrip(" "))
+        return start + len(self.said) if text.startswith(self.said, start) else None
 
 
 class Memory:
@@ -66,11 +73,10 @@ class Memory:
                 if text == mark.prompt and keys == mark.keys:
                     return mark, len(text)
                 continue
-            # A template may put a space before the words of a turn that the first of them took with it in the reply.
-            known = re.match(f"{re.escape(mark.prompt)} *{re.escape(mark.said)}", text)
+            end = mark.end_in(text)
             # Where nothing was said, and again nothing is new, it takes the logits of the mark before.
-            if known and (mark.unread or known.end() < len(text)):
-                return mark, known.end()
+            if end is not None and (mark.unread or end < len(text)):
+                return mark, end
         return Mark(), 0  # nothing was read that can be kept, or the template rewrites the past
 
     def common(self, ids: Sequence[int], looks: Sequence[int], keys: tuple[Key, ...]) -> Mark:

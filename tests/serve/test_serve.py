@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import random
 import socket
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import numpy as np
 import openai
 import pytest
 from clients import QUESTIONS, Served, alone, data_url, serving, streamed, talk, user
+from nonsense import distorted
 from openai import OpenAI
 from PIL import Image
 
@@ -288,6 +290,20 @@ def test_a_picture_of_too_many_bytes_is_refused(client: OpenAI, monkeypatch: pyt
     with pytest.raises(openai.APIStatusError, match="a picture of more than") as told:
         streamed(client, [user(noise(1))])
     assert told.value.status_code == 413
+
+
+def test_wrong_bodies_get_an_answer_or_a_refusal_and_nothing_else(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridges.serve.engine.LONGEST", 4)
+    draw, found = random.Random(2), set()
+    connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=30)
+    for _ in range(300):
+        connection.request("POST", "/v1/chat/completions", distorted(draw))
+        answer = connection.getresponse()
+        found.add(answer.status)
+        answer.read()
+    assert {200, 400} <= found <= {200, 400, 404}
 
 
 @pytest.mark.parametrize("stream", [True, False])

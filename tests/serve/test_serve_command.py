@@ -112,7 +112,7 @@ def test_thirty_two_clients_for_two_minutes_neither_mix_nor_fill_the_memory(tiny
     third = len(memory) // 3
     grown = max(memory[-third:]) - max(memory[third : 2 * third])
     print(counts, "MiB:", [round(size) for size in memory[::6]])
-    assert counts["conversations"] > 32
+    assert counts["conversations"] >= 32
     assert (counts["mixed"], counts["errors"]) == (0, 0)
     assert grown < 10, f"{grown:.0f} MiB more in the last third than in the second"
 
