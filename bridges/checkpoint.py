@@ -67,7 +67,7 @@ def build(recipe: Recipe, fresh: bool = True, dtype: torch.dtype | None = None) 
             f"{recipe.bridge['name']} puts blocks between the layers of a decoder, and {recipe.language.name} "
             + ("has an encoder; choose a causal language model" if language.has_encoder else "shows no list of layers")
         )
-    if vision.tiler and bridge.blocks and getattr(bridge, "sees", "last") == "last":
+    if vision.tiler and bridge.blocks and bridge.sees == "last":
         raise ValueError(
             f"vision.tiles: with {recipe.bridge['name']} a text sees the last image alone, and that is no tile but the "
             "whole picture; set bridge.sees to all, or leave vision.tiles out"

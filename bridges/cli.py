@@ -100,6 +100,29 @@ def chat(
     run(checkpoint, image, prompt, settings, system, json)
 
 
+def serve(
+    checkpoint: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    sessions: int = 8,
+    remote_images: bool = False,
+) -> None:
+    """Answer over HTTP as OpenAI's API for chats does, so that its clients talk with a checkpoint about pictures.
+
+    Args:
+        checkpoint: folder that `bridges train` made, by whose name clients call the model
+        host: address to listen on; 0.0.0.0 lets other machines in
+        port: number of the port; 0 takes any that is free, and says which
+        token: what clients must send as their API key; by default nothing
+        sessions: conversations in memory at once: those being answered, in turns, and those kept for their next message
+        remote_images: fetch pictures from any http address that a client names, not only from the message itself
+    """
+    from bridges.serve.run import serve
+
+    serve(checkpoint, host, port, token, sessions, remote_images)
+
+
 def retrieve(
     checkpoint: str,
     images: str | None = None,
@@ -259,7 +282,7 @@ def benchmark(what: Literal["chat"], checkpoint: str, rounds: int = 5, image: li
 
 VERBS: dict[str, Callable[..., None]] = {
     v.__name__: v
-    for v in (demo, train, evaluate, generate, chat, retrieve, fewshot, inspect, plan, doctor, merge, benchmark)
+    for v in (demo, train, evaluate, generate, chat, serve, retrieve, fewshot, inspect, plan, doctor, merge, benchmark)
 }
 
 
@@ -283,7 +306,7 @@ def parser() -> ArgumentParser:
         for key in several:
             one.add_argument(f"--{key}", action="append", default=[], help=told[key])
         for key in switches:
-            one.add_argument(f"--{key}", action="store_true", help=told[key])
+            one.add_argument(f"--{key.replace('_', '-')}", action="store_true", help=told[key])
         needed = [key for key, p in signature(verb).parameters.items() if p.default is p.empty]
         required = [key for key in needed if key in ("prompt", "output")]
         by_hand: set[str | int] = {*several, *switches, "overrides", *required}
@@ -327,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, ArgumentError) as error:
         sys.exit(complain(error))
     except KeyboardInterrupt as error:
-        print(f"bridges: {error or 'stopped'}", file=sys.stderr)
+        print(f"bridges: {str(error) or 'stopped'}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -42,6 +42,7 @@ MAY: dict[str, set[str]] = {
     "evaluation": {"checkpoint", "config", "data", "files", "inference", "objectives"},
     "interop": set(),
     "chat": {"checkpoint", "data", "files", "inference", "interrupt"},
+    "serve": {"checkpoint", "data", "inference"},
 }
 WHOLE_HOUSE = {"cli", "demo", "benchmark", "doctor"}  # may import all, and only the command line imports them
 CLOSED = {"chat", "recipes", *WHOLE_HOUSE}

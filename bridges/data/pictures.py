@@ -28,12 +28,12 @@ class BrokenPicture(ValueError):
     """A picture that cannot be opened: one line with the file and the reason."""
 
 
-def open_picture(source: Path | str | bytes | Image.Image) -> Image.Image:
+def open_picture(source: Path | str | bytes | Image.Image, most: int = MAX_PIXELS) -> Image.Image:
     """The picture in RGB, turned upright by its EXIF tag; the first frame of an animation; a copy of a given Image.
 
     Transparency lies on white. 16 bits are scaled to 8, not clipped. A strip more than `MAX_ASPECT` times as long as
     wide is shrunk to at most `STRIP_LENGTH` pixels and laid on white of just that aspect ratio.
-    Raises BrokenPicture: missing (the nearest name is given), empty, truncated, no picture, a folder, too many pixels.
+    Raises BrokenPicture: missing (the nearest name is given), empty, truncated, no picture, a folder, more than `most` pixels.
     """
     if isinstance(source, Image.Image):
         name = "the given Image"
@@ -41,9 +41,9 @@ def open_picture(source: Path | str | bytes | Image.Image) -> Image.Image:
         name = f"the given {len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         if isinstance(source, Image.Image):
-            return _usable(source)
+            return _usable(source, most)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else _file(Path(source))) as image:
-            return _usable(image)
+            return _usable(image, most)
     except FileNotFoundError as error:
         raise BrokenPicture(str(error)) from None
     except UnidentifiedImageError:
@@ -78,10 +78,10 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _usable(image: Image.Image) -> Image.Image:
+def _usable(image: Image.Image, most: int) -> Image.Image:
     pixels = image.width * image.height
-    if pixels > MAX_PIXELS:  # known from the header: nothing is decoded yet
-        limit = f"at most {MAX_PIXELS / 1e6:.0f} are opened"
+    if pixels > most:  # known from the header: nothing is decoded yet
+        limit = f"at most {most / 1e6:.0f} are opened"
         raise ValueError(f"{image.width} × {image.height} is {pixels / 1e6:.1f} megapixels, {limit}")
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):

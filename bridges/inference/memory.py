@@ -1,13 +1,15 @@
 """What the language model has read, and points to which that can be rolled back."""
 
-import re
+from collections.abc import Sequence
 from copy import copy, deepcopy
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from bridges.data.template import IMAGE_TOKEN_ID
 from bridges.inference.looking import Key
 from bridges.towers.language import LanguageTower
 
@@ -27,9 +29,17 @@ class Mark(NamedTuple):
     logits: Tensor | None = None
     """After a prompt without an answer: what follows it"""
 
+    def end_in(self, text: str) -> int | None:
+        """Where it is in a text that begins so. A template may put a space before the words of a turn that the first
+        of them took with it in the reply."""
+        if not text.startswith(self.prompt):
+            return None
+        start = len(text) - len(text[len(self.prompt) :].lstrip(" "))
+        return start + len(self.said) if text.startswith(self.said, start) else None
+
 
 class Memory:
-    """The cache, for each token in it the number of the last picture before (`looks`), and the marks."""
+    """The cache, the tokens in it, for each the number of the last picture before (`looks`), and the marks."""
 
     def __init__(self, language: LanguageTower) -> None:
         self.language = language
@@ -38,8 +48,16 @@ class Memory:
     def forget(self) -> None:
         """The next reply begins with reading the whole conversation."""
         self.cache: Any = self.language.empty_cache()
+        self.ids: list[int] = []
         self.looks: list[int] = []
+        self._keys: tuple[Key, ...] = ()
         self._marks: list[Mark] = []
+
+    def add(self, ids: Sequence[int], looks: Sequence[int], keys: tuple[Key, ...]) -> None:
+        """What the cache holds now beside what it held; `keys` are those of all pictures."""
+        self.ids += ids
+        self.looks += looks
+        self._keys = keys
 
     def mark(self, mark: Mark) -> None:
         """Where an encoder reads everything at once there are no marks."""
@@ -55,11 +73,21 @@ class Memory:
                 if text == mark.prompt and keys == mark.keys:
                     return mark, len(text)
                 continue
-            # A template may put a space before the words of a turn that the first of them took with it in the reply.
-            known = re.match(f"{re.escape(mark.prompt)} *{re.escape(mark.said)}", text)
-            if known:
-                return mark, known.end()
+            end = mark.end_in(text)
+            # Where nothing was said, and again nothing is new, it takes the logits of the mark before.
+            if end is not None and (mark.unread or end < len(text)):
+                return mark, end
         return Mark(), 0  # nothing was read that can be kept, or the template rewrites the past
+
+    def common(self, ids: Sequence[int], looks: Sequence[int], keys: tuple[Key, ...]) -> Mark:
+        """How far a text begins as what was read does: with the same tokens and whole pictures; never all of it."""
+        if not ids or self.language.has_encoder or not self._can_roll_back():
+            return Mark()
+        pictures = same(keys, self._keys)
+        read = min(same(ids, self.ids), same(looks, self.looks), sum(look <= pictures for look in looks), len(ids) - 1)
+        while read and ids[read] == IMAGE_TOKEN_ID and looks[read] == looks[read - 1]:
+            read -= 1
+        return Mark(read=read, keys=keys[: looks[read - 1]] if read else ())
 
     def roll_back(self, mark: Mark) -> None:
         """Forget what was read after a mark."""
@@ -67,19 +95,30 @@ class Memory:
             self.forget()
         elif mark.read < len(self.looks):
             self.cache.crop(mark.read - len(self.looks))
-            del self.looks[mark.read :]
+            del self.ids[mark.read :], self.looks[mark.read :]
         self._marks = [one for one in self._marks if one.read <= mark.read]
 
     def fork(self) -> "Memory":
         """Another one that goes on by itself."""
         other = copy(self)
-        other.cache, other.looks, other._marks = forked(self.cache), list(self.looks), list(self._marks)
+        other.cache, other._marks = forked(self.cache), list(self._marks)
+        other.ids, other.looks = list(self.ids), list(self.looks)
         return other
 
     def _can_roll_back(self) -> bool:
         """A layer with a window has forgotten what is out of its sight, from the first token beyond it on."""
         window = self.language.window
         return self.cache.is_croppable and (window is None or len(self.looks) < window)
+
+
+def same(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many they have in common at their beginning.
+
+    >>> same("beginning", "begun")
+    3
+    """
+    equal = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return sum(1 for _ in equal)
 
 
 def forked(cache: Cache) -> Cache:

@@ -39,10 +39,18 @@ class Plan(NamedTuple):
         return self.mark.read + len(self.ids)
 
 
+class Known(NamedTuple):
+    """Tokens of a conversation: of all of it, of those `kept` from before, and of what would be `lost` in exchange."""
+
+    size: int
+    kept: int
+    lost: int
+
+
 @dataclass
 class Spent:
     """What a reply cost: tokens `read` and `kept` from before, `said`, pictures `encoded` by the tower and `reused`,
-    seconds to the `first` token and in all."""
+    seconds to the `first` token and in all; and whether the reply `ended` by itself, or was cut off."""
 
     read: int = 0
     kept: int = 0
@@ -51,6 +59,7 @@ class Spent:
     reused: int = 0
     first: float = 0.0
     seconds: float = 0.0
+    ended: bool = False
 
 
 class Session:
@@ -138,7 +147,12 @@ class Session:
 
     def size(self) -> int:
         """Tokens that the language model reads of the conversation, if a reply is to follow."""
-        return self._plan(self.dropped).size if self.turns else 0
+        return self._plan(self.turns_read()).size if self.turns else 0
+
+    def known(self, turns: Sequence[Turn]) -> Known:
+        """What it would take to answer another conversation here."""
+        plan = self._plan(turns)
+        return Known(plan.size, plan.mark.read, len(self._memory.looks) - plan.mark.read)
 
     def turns_read(self, dropped: int | None = None) -> list[Turn]:
         """Without the first turns of the talk, `dropped` by default, but with their pictures."""
@@ -154,9 +168,10 @@ class Session:
         language = self.assembled.model.language
         starts = [place for place, turn in enumerate(self._talk()) if turn.role == "user"]
         self.dropped = self.dropped if self.dropped in starts else 0
-        context, plans = language.context, {self.dropped: self._plan(self.dropped)}
+        context, plans = language.context, {self.dropped: self._plan(self.turns_read())}
         if context is not None and plans[self.dropped].size + wanted > context:
-            plans = {start: self._plan(start) for start in starts if start > self.dropped} or plans
+            later = [start for start in starts if start > self.dropped]
+            plans = {start: self._plan(self.turns_read(start)) for start in later} or plans
         limits = [share * (context or inf) for share in (SLACK, 1.0)]
         fits = [start for limit in limits for start, plan in plans.items() if plan.size + wanted <= limit]
         start = fits[0] if fits else max(plans)
@@ -168,15 +183,18 @@ class Session:
         """All but what the system says first."""
         return self.turns[bool(self.turns) and self.turns[0].role == "system" :]
 
-    def _plan(self, dropped: int) -> Plan:
-        """Of a conversation with so many turns left out."""
-        template, turns = self.assembled.template, self.turns_read(dropped)
+    def _plan(self, turns: Sequence[Turn]) -> Plan:
+        """Of a conversation, as far as it is to be read."""
+        template = self.assembled.template
         keys = tuple(self.looker.keys(template.images(turns), template.asked(turns)))
         text, _ = template.render(turns, reply=True)
         mark, end = self._memory.latest(text, keys)
         ids, _, looks = template.tokenize(text[end:])
         looks = [len(mark.keys) + look for look in [0] * len(mark.unread) + looks]
-        return Plan(mark, [*mark.unread, *ids], looks, text, turns, keys)
+        if not mark.read:  # another conversation, which may begin like the one before
+            mark = self._memory.common(ids, looks, keys)
+            ids, looks = ids[mark.read :], looks[mark.read :]
+        return Plan(mark, [*mark.unread, *ids], looks, text, list(turns), keys)
 
     def _read_new(self, plan: Plan) -> tuple[Float[Tensor, "1 vocab"], Seen]:
         """Roll back, read new ids and the pictures among them; logits after the last, and what is seen of all."""
@@ -190,7 +208,7 @@ class Session:
         mask = torch.ones(1, plan.size, dtype=torch.long, device=device)
         last = (torch.zeros(1, dtype=torch.long, device=device), torch.tensor([len(plan.ids) - 1], device=device))
         logits = model.language(embeds, mask, positions, last, self._memory.cache, self._sight(seen, plan.looks))
-        self._memory.looks += plan.looks
+        self._memory.add(plan.ids, plan.looks, plan.keys)
         self._memory.mark(Mark(plan.text, "", plan.size, (), plan.keys, logits))
         return logits, seen
 
@@ -215,7 +233,8 @@ class Session:
                 said.append(int(token))
                 whole = spoken(language, said)
                 words = cut(whole, stops)
-                last = said[-1] in language.end_ids or len(said) == longest or words != whole
+                self.spent.ended = said[-1] in language.end_ids or words != whole
+                last = self.spent.ended or len(said) == longest
                 piece = words[len(shown) : None if last else len(words) - held(words, stops)]
                 shown += piece
                 yield piece
@@ -229,7 +248,7 @@ class Session:
         """A turn, and a mark after as many of the ids as say just that: half a character is in no turn, for one."""
         language = self.assembled.model.language
         self.turns.append(Turn("assistant", [shown]))
-        self._memory.looks += [len(plan.keys)] * (len(said) - 1)
+        self._memory.add(said[:-1], [len(plan.keys)] * (len(said) - 1), plan.keys)
         ids = until_end(said, language.end_ids)  # the template prints the end itself
         for count in range(len(ids), -1, -1):
             if language.decode(ids[:count]).lstrip(" ") == shown:

@@ -272,3 +272,15 @@ def test_half_a_character_is_dropped_from_the_turn_and_from_what_is_remembered(
     assert heard == "Yes "
     expected = afresh(session, questions[1])
     assert spoken(session, questions[1]) == expected
+
+
+def test_where_nothing_was_said_another_answer_can_be_given(assembled: Assembled, questions: list[Turn]) -> None:
+    half = assembled.template.tokenizer("é", add_special_tokens=False)["input_ids"][:1]
+    session = Session(assembled)
+    assert reply(session, questions[0], 1, scripted(half)) == "", "half a character is nothing"
+    ids: list[int] = []
+    said = "".join(session.regenerate(16, likeliest(ids)))
+    assert session.spent.read == 0, "the prompt is known"
+    other: list[int] = []
+    assert answers(assembled, [questions[:1]], max_new_tokens=16, choose=likeliest(other)) == [said]
+    assert ids == other

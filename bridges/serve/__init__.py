@@ -1,0 +1,1 @@
+"""The model behind an address: OpenAI's interface for chats, over HTTP."""

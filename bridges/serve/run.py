@@ -1,0 +1,78 @@
+"""`bridges serve`: the model is loaded, an address opened, and Ctrl-C ends both."""
+
+import logging
+import socket
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+
+def serve(
+    checkpoint: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    sessions: int = 8,
+    remote_images: bool = False,
+) -> None:
+    """Serve a checkpoint until Ctrl-C, which ends it as KeyboardInterrupt.
+
+    Raises ValueError where the extra is not installed, the address cannot be had, or the checkpoint is wrong.
+    """
+    try:
+        import pydantic  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ValueError(f"bridges serve needs {error.name}: pip install 'mm-bridges[serve]'") from error
+    from bridges.checkpoint import load
+    from bridges.serve.app import Api
+    from bridges.serve.engine import Engine
+
+    opened = address(host, port)  # before the model is loaded, which takes long
+    assembled = load(checkpoint)
+    assembled.model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    name, engine = Path(checkpoint).resolve().name, Engine(assembled, sessions)
+    where = f"[{host}]" if ":" in host else host
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            print(f"listening on http://{where}:{opened.getsockname()[1]}/v1, model {name}", flush=True)
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            engine.close()  # those who wait are told, so that nobody keeps the server waiting
+            super().handle_exit(sig, frame)
+
+    talk = logging.getLogger("bridges.serve")
+    talk.setLevel(logging.INFO)
+    talk.addHandler(logging.StreamHandler())
+    talk.handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    options = uvicorn.Config(
+        Api(engine, name, token, remote_images).app(),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=5,
+    )
+    try:
+        Server(options).run([opened])
+    finally:
+        engine.close()
+        engine.thread.join(5)
+
+
+def address(host: str, port: int) -> socket.socket:
+    """Nobody else can have it now, but nobody is let in yet. Port 0 is any that is free. ValueError if it is taken."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"no port {port}: they go from 0 (any that is free) to 65535")
+    opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        opened.bind((host, port))
+    except OSError as error:
+        opened.close()
+        raise ValueError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; give another --port or --host"
+        ) from None
+    return opened
