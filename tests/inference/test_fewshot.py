@@ -17,8 +17,8 @@ from bridges.config import Recipe
 from bridges.data.template import IMAGE_TOKEN_ID
 from bridges.inference.features import Features
 from bridges.inference.fewshot import FewShot, complete, score
+from bridges.inference.lines import evenly, parts
 from bridges.inference.prompts import Prompt, turns_of
-from bridges.inference.reading import evenly, parts
 from bridges.inference.scoring import tree_of
 
 GATED: dict[str, Any] = dict(name="flamingo", latents=5, depth=1, resampler_heads=2, resampler_head_dim=8)
