@@ -55,6 +55,10 @@ class Bridge(nn.Module):
         A bridge that fills slots may scale its last weights so that they start at the size the model is used to.
         """
 
+    def reduced(self, features: Float[Tensor, "n p v"]) -> Float[Tensor, "n q v"]:
+        """Features after what is done to them before any weight: they can be kept so. `forward` takes either."""
+        return features
+
     def watched(self) -> dict[str, dict[str, float]]:
         """Figures of its own to log in training, beside the held-out loss: by group and name."""
         return {}

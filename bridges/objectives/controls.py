@@ -21,4 +21,4 @@ def controlled(features: Float[Tensor, "n p v"], vision: VisionTower, control: C
     if control == "shuffled":
         return features.roll(1, dims=0)
     grey = vision(vision.preprocess([Image.new("RGB", (64, 64), (128, 128, 128))]).to(features.device))
-    return grey.expand_as(features)
+    return grey.expand(len(features), -1, -1)  # features may be fewer where the bridge reduces them

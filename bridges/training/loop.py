@@ -42,6 +42,8 @@ def train(recipe: Recipe, resume: bool = False, engine: str | None = None) -> Pa
     model: Any = stage.built.model.to(accelerator.device).train()
     prepare_output(output, needed=20 * sum(p.numel() for p in trained(stage.built)))
     sources = open_sources(recipe)
+    if stage.store and accelerator.is_main_process:
+        print(stage.store.summary())
     sizes = [(source.name, len(source.data)) for source in sources]
     refuse_equal_captions(stage, sources[0].data)
     held = validation_batch(stage, min(settings.evaluate_size, settings.batch * 4))
@@ -76,6 +78,8 @@ def train(recipe: Recipe, resume: bool = False, engine: str | None = None) -> Pa
                 display.bridge(step, watched)
             if step % settings.save_every == 0 or step == settings.steps or asked:
                 save_run(run, stage.built, sizes, step)
+                if stage.store:
+                    stage.store.flush()
             if asked:
                 break
     for source in sources:
