@@ -19,10 +19,10 @@ from bridges.inference.lines import lay, parts
 from bridges.inference.prompts import Plain, Prompt, follow, join
 from bridges.inference.reading import Kept, keep, read, speak
 from bridges.inference.scoring import Scores, Tree, check_labels, scores_of
-from bridges.model import LONGEST_LINE
 from bridges.objectives.language import target_nll
 
-LINE, AT_ONCE = 256, 2048  # columns of a line where several are read side by side, and of all of them
+LINE, SPOKEN = 256, 1024  # columns of a line; with those of answers
+AT_ONCE = 2048  # columns of lines that are read side by side
 
 Ended = Callable[[Sequence[int]], bool]
 
@@ -81,9 +81,8 @@ class FewShot:
         self._fit(texts, max_new_tokens)
         texts, kept = self._after_shots(texts, max_new_tokens)
         said: list[list[int]] = []
-        in_line = [LONGEST_LINE, self._left(kept)] if kept else [inf, inf]
-        for part in parts([len(text.ids) for text in texts], self.batch, in_line[0], max_new_tokens, in_line[1]):
-            say = self._say_in_line if kept else self._say_in_rows
+        for part in parts([len(text.ids) for text in texts], self.batch, AT_ONCE if kept else inf):
+            say = self._say_in_lines if kept else self._say_in_rows
             said += say(texts[part], kept, max_new_tokens, lambda ids: self._ended(ids, stops))
         return [self._words(ids, stops) for ids in said]
 
@@ -101,7 +100,7 @@ class FewShot:
         sizes = [len(text.ids) + len(tree.inner) for text, tree in zip(texts, trees, strict=True)]
         in_line = self.model.language.shares(max(sizes, default=0) + (len(kept) if kept else 0))
         found = [Scores(*(torch.zeros(0, len(labels), dtype=torch.double) for _ in range(2)))]
-        for part in parts(sizes, self.batch, AT_ONCE if in_line else inf, 0, inf):
+        for part in parts(sizes, self.batch, AT_ONCE if in_line else inf):
             scored = self._score_in_lines if in_line else self._score_in_rows
             found.append(scored(texts[part], trees[part], kept))
         return Scores(*(torch.cat(each) for each in zip(*found, strict=True)))
@@ -138,9 +137,11 @@ class FewShot:
         window = self.model.language.window
         return inf if window is None else window - (len(kept) if kept else 0)
 
-    def _say_in_line(self, texts: Sequence[Encoded], kept: Kept | None, longest: int, ended: Ended) -> list[list[int]]:
-        line = lay(texts, [Tree()] * len(texts), len(kept) if kept else 0, self.features.device)
-        return speak(self.model, read(self.model, self.features, texts, line, kept), line, longest, ended)
+    def _say_in_lines(self, texts: Sequence[Encoded], kept: Kept | None, longest: int, ended: Ended) -> list[list[int]]:
+        assert kept is not None
+        room = SPOKEN if self.model.language.window is None else 0  # a line for each: a window counts all its columns
+        lines = lay(texts, [Tree()] * len(texts), len(kept), self.features.device, longest, room)
+        return speak(self.model, read(self.model, self.features, texts, lines, kept), lines, longest, ended)
 
     def _say_in_rows(self, texts: Sequence[Encoded], kept: Kept | None, longest: int, ended: Ended) -> list[list[int]]:
         """Each text for itself, padded in front."""
@@ -173,7 +174,7 @@ class FewShot:
         return words[:cut].lstrip(" ").rstrip("\N{REPLACEMENT CHARACTER}")
 
     def _score_in_lines(self, texts: Sequence[Encoded], trees: Sequence[Tree], kept: Kept | None) -> Scores:
-        lines = lay(texts, trees, len(kept) if kept else 0, self.features.device, min(LINE, self._left(kept)))
+        lines = lay(texts, trees, len(kept) if kept else 0, self.features.device, 0, min(LINE, self._left(kept)))
         return scores_of(read(self.model, self.features, texts, lines, kept).logits, trees)
 
     def _score_in_rows(self, texts: Sequence[Encoded], trees: Sequence[Tree], kept: Kept | None) -> Scores:

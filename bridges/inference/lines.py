@@ -12,23 +12,21 @@ from torch import Tensor
 from bridges.data.template import Encoded
 from bridges.inference.scoring import Tree
 
-Places = tuple[Int[Tensor, "s"], Int[Tensor, "s"]]  # lines, columns
-
 
 def evenly(count: int, most: int) -> int:
     """How many of `count` at once, `most` at most, so that no few are left over in the end."""
     return ceil(count / max(1, ceil(count / most)))
 
 
-def parts(sizes: Sequence[int], most: int, longest: int | float, more: int, room: int | float) -> list[slice]:
-    """Which texts stand together: about equally many, `most` at most, with `longest` tokens in all at most.
+def parts(sizes: Sequence[int], most: int, room: int | float, more: int = 0) -> list[slice]:
+    """Which texts stand together: about equally many, `most` at most, with `room` for all their tokens.
 
-    After each of them `more` tokens may follow, with which they still fit the `room`.
+    After each of them `more` tokens may follow, which fit too.
     """
     starts, together = [0], evenly(len(sizes), most)
     for place in range(1, len(sizes)):
         count, columns = place + 1 - starts[-1], sum(sizes[starts[-1] : place + 1])
-        if count > together or columns > longest or columns + count * more > room:
+        if count > together or columns + count * more > room:
             starts.append(place)
     return [slice(*ends) for ends in zip(starts, [*starts[1:], len(sizes)], strict=True)] if sizes else []
 
@@ -51,8 +49,8 @@ class Lines:
     positions: Int[Tensor, "b w"]
     looks: Int[Tensor, "b w"]
     sees: Bool[Tensor, "b w all"]
-    told: Places
-    ends: Places
+    told: tuple[Int[Tensor, "s"], Int[Tensor, "s"]]
+    ends: tuple[Int[Tensor, "n"], Int[Tensor, "n"]]
 
 
 def lay(
@@ -60,15 +58,17 @@ def lay(
     trees: Sequence[Tree],
     before: int,
     device: torch.device,
-    longest: int | float = inf,
+    more: int = 0,
+    room: int | float = inf,
 ) -> Lines:
-    """Texts after `before` kept columns, end to end in a line, or in several where it would have more than `longest`.
+    """Texts after `before` kept columns, end to end in a line, or in several where they would not fit the `room`, with
+    `more` tokens that may follow each of them.
 
     Every token pays for all columns of its line, and every line for a copy of what is kept. Pictures are numbered
     through all texts.
     """
     sizes = [len(text.ids) + len(tree.inner) for text, tree in zip(texts, trees, strict=True)]
-    lines = parts(sizes, len(sizes), longest, 0, inf)
+    lines = parts(sizes, len(sizes), room, more)
     width = max(sum(sizes[line]) for line in lines)
     ids, positions, looks = (torch.zeros(len(lines), width, dtype=torch.long) for _ in range(3))
     sees = torch.eye(width, dtype=torch.bool).repeat(len(lines), 1, 1)
@@ -102,6 +102,6 @@ def with_tree(size: int, tree: Tree) -> tuple[Bool[Tensor, "t t"], list[int]]:
     return sees, depths
 
 
-def places(pairs: Sequence[tuple[int, int]], device: torch.device) -> Places:
+def places(pairs: Sequence[tuple[int, int]], device: torch.device) -> tuple[Int[Tensor, "s"], Int[Tensor, "s"]]:
     lines, columns = torch.tensor(pairs, device=device).view(-1, 2).unbind(1)
     return lines, columns

@@ -88,21 +88,21 @@ def sight_of(model: BridgedModel, memory: Tensor | None, lines: Lines, kept: Kep
     )
 
 
-def additive(sees: Bool[Tensor, "1 w all"], dtype: torch.dtype) -> Float[Tensor, "1 1 w all"]:
+def additive(sees: Bool[Tensor, "b w all"], dtype: torch.dtype) -> Float[Tensor, "b 1 w all"]:
     """The mask that transformers takes: 0 where a column is seen."""
     blocked = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
     return rearrange(blocked.masked_fill_(~sees, torch.finfo(dtype).min), "b q k -> b 1 q k")
 
 
 def speak(
-    model: BridgedModel, found: Read, line: Lines, longest: int, ended: Callable[[Sequence[int]], bool]
+    model: BridgedModel, found: Read, lines: Lines, longest: int, ended: Callable[[Sequence[int]], bool]
 ) -> list[list[int]]:
-    """The likeliest tokens after each text of the one line, `longest` of them or until it has `ended`."""
-    assert len(line.ids) == 1
-    _, ends = line.ends
-    said: list[list[int]] = [[] for _ in ends]
+    """The likeliest tokens after each text, in its line: `longest` of them or until it has `ended`."""
+    rows, ends = lines.ends
+    said: list[list[int]] = [[] for _ in rows]
     speaking, tokens = list(range(len(said))), greedy(found.logits)
-    sees, positions = line.sees[0, ends], line.positions[0, ends]
+    sees, positions = lines.sees[rows, ends], lines.positions[rows, ends]
+    looks = found.sight and found.sight.mask[rows, 0, ends]
     while True:
         for text, token in zip(speaking, tokens.tolist(), strict=True):
             said[text].append(token)
@@ -110,10 +110,19 @@ def speak(
         if not going:
             return said
         speaking = [speaking[place] for place in going]
-        places = torch.arange(len(going), device=ends.device)
-        ends, tokens, positions = ends[going], tokens[going][None], positions[going] + 1
-        sees = torch.cat([sees[going], torch.eye(len(going), dtype=torch.bool, device=sees.device)], dim=1)
-        seen = found.sight and Sight(found.sight.blocks, found.sight.seen, found.sight.mask[:, :, ends])
-        mask, at = additive(sees[None], model.language.dtype), (torch.zeros_like(places), places)
-        logits = model.language(model.language.embed(tokens), mask, positions[None], at, found.cache, seen)
+        rows, tokens, positions = rows[going], tokens[going], positions[going] + 1
+        columns = torch.cat([torch.arange(int(n), device=rows.device) for n in rows.bincount() if n])
+        at, shape = (rows, columns), (len(lines.ids), int(columns.max()) + 1)  # the others of a line are padding
+        sees = torch.cat([sees[going], F.one_hot(columns, shape[1]).bool()], dim=1)
+        ids, places, mask = tokens.new_zeros(shape), positions.new_zeros(shape), sees.new_zeros(*shape, sees.shape[1])
+        mask[..., -shape[1] :] = torch.eye(shape[1], dtype=torch.bool, device=mask.device)  # padding sees itself
+        ids[at], places[at], mask[at] = tokens, positions, sees
+        seen = None
+        if found.sight and looks is not None:
+            looks = looks[going]
+            some = looks.new_zeros(*shape, looks.shape[1])
+            some[at] = looks
+            seen = Sight(found.sight.blocks, found.sight.seen, some[:, None])
+        embeds = model.language.embed(ids)
+        logits = model.language(embeds, additive(mask, model.language.dtype), places, at, found.cache, seen)
         tokens = greedy(logits)
