@@ -85,13 +85,16 @@ class Store:
             return torch.empty(0, *self.shape)
         keys = [key(picture) for picture in pictures]
         with self._lock:
-            if not self._has(keys):
+            found = self._found(keys)
+            if found.keys() < set(keys):
                 self._look_around()  # another process may have been quicker
-            new = {k: picture for k, picture in zip(keys, pictures, strict=True) if not self._has([k])}
-            fresh = self._encode(new) if new else {}
-            rows = [fresh.get(k) or self._waiting.get(k) or self._read(k) for k in keys]
-            self._keep(fresh)
-        return unpacked({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+                found = self._found(keys)
+            new = {k: picture for k, picture in zip(keys, pictures, strict=True) if k not in found}
+            if new:
+                fresh = self._encode(new)
+                self._keep(fresh)
+                found |= fresh
+        return unpacked({name: torch.stack([found[k][name] for k in keys]) for name in NAMES[self.form]})
 
     @torch.no_grad()
     def look(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n p v"]:
@@ -116,8 +119,9 @@ class Store:
             f"{len(self) * self.each / 1e6:.0f} of at most {self.budget / 1e6:.0f} MB"
         )
 
-    def _has(self, keys: Sequence[str]) -> bool:
-        return all(k in self._places or k in self._waiting for k in keys)
+    def _found(self, keys: Sequence[str]) -> dict[str, Row]:
+        rows = {k: self._waiting.get(k) or self._read(k) for k in keys if k in self._waiting or k in self._places}
+        return {k: row for k, row in rows.items() if row}
 
     def _encode(self, new: dict[str, Image.Image]) -> dict[str, Row]:
         """As they will be read, so that it makes no difference when that is."""
@@ -126,7 +130,7 @@ class Store:
         return {k: {name: tensor[row] for name, tensor in tensors.items()} for row, k in enumerate(new)}
 
     def _keep(self, fresh: dict[str, Row]) -> None:
-        if fresh and not self._full and self._size + (len(self._waiting) + len(fresh)) * self.each > self.budget:
+        if not self._full and self._size + (len(self._waiting) + len(fresh)) * self.each > self.budget:
             self._full = True
             log.warning("the budget of features is spent (%s); other pictures are encoded each time", self.summary())
         if self._full:
@@ -145,10 +149,15 @@ class Store:
         self._add(path, list(self._waiting))
         self._waiting = {}
 
-    def _read(self, k: str) -> Row:
+    def _read(self, k: str) -> Row | None:
         path, row = self._places[k]
-        shard: Any = self._opened(path)
-        return {name: shard.get_slice(name)[row : row + 1][0] for name in NAMES[self.form]}
+        try:
+            shard: Any = self._opened(path)
+            return {name: shard.get_slice(name)[row : row + 1][0] for name in NAMES[self.form]}
+        except (SafetensorError, OSError) as error:
+            log.warning("%s was lost (%s): its pictures are encoded again", path, error)
+            del self._places[k]
+            return None
 
     def _add(self, path: Path, keys: Sequence[str]) -> None:
         self._known.add(path)

@@ -189,7 +189,12 @@ def test_a_file_that_was_cut_short_is_told_and_filled_again(
     assert torch.equal(other(pictures), expected)
     assert other.encoded == 3
     other.flush()
-    assert len(kept()) == 3
+    third = kept()
+    assert len(third) == 3
+    (path,) = one.shelf.iterdir()
+    path.unlink()  # after it was found, and before it is read
+    assert torch.equal(third(pictures), expected)
+    assert third.encoded == 3
 
 
 def test_the_budget_is_kept_and_told_once(
