@@ -79,8 +79,10 @@ def sight_of(model: BridgedModel, memory: Tensor | None, lines: Lines, kept: Kep
     count, width = lines.ids.shape
     if kept is None or kept.memory is None:
         return sight(model.bridge, memory, lines.looks, lines.sees[..., -width:])
-    looks, memory = lines.looks + len(kept.memory), torch.cat([kept.memory, memory])
-    if getattr(model.bridge, "sees", "last") == "last":
+    last = getattr(model.bridge, "sees", "last") == "last"
+    before = kept.memory[-1:] if last else kept.memory
+    looks, memory = lines.looks + len(before), torch.cat([before, memory])
+    if last:
         return sight(model.bridge, memory, looks, lines.sees[..., -width:])
     square = F.pad(lines.sees, (0, 0, len(kept), 0))
     return sight(model.bridge, memory, torch.cat([kept.looks.expand(count, -1), looks], dim=1), square).of(
