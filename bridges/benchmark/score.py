@@ -7,6 +7,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bridges.benchmark.chat import noise
+from bridges.benchmark.naive import from_cache, row_by_row
 from bridges.benchmark.rounds import enough, figures, in_turns, table
 from bridges.checkpoint import load
 from bridges.inference.features import Features
