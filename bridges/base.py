@@ -65,6 +65,10 @@ class Bridge(nn.Module):
             f", {self.num_slots} slots an image" if self.num_slots else ""
         )
 
+    def reduced(self, features: Float[Tensor, "n p v"]) -> Float[Tensor, "n q v"]:
+        """Features after what is done to them before any weight: they can be kept so. `forward` takes either."""
+        return features
+
     def watched(self) -> dict[str, dict[str, float]]:
         """Figures of its own to log in training, beside the held-out loss: by group and name."""
         return {}

@@ -161,7 +161,6 @@ def fewshot(
     pool: int = 1000,
     text_shots: int = 2,
     batch: int = 32,
-    compare: bool = False,
 ) -> None:
     """Measure a checkpoint with demonstrations in front of each query; write fewshot.json and a plot beside it.
 
@@ -178,7 +177,6 @@ def fewshot(
         pool: training examples that demonstrations are chosen from
         text_shots: demonstrations without their pictures that stand for 0 shots, as in Flamingo
         batch: queries at once
-        compare: tell only how much faster it is than with nothing reused
     """
     from bridges.evaluation.fewshot import fewshot
 
@@ -195,7 +193,6 @@ def fewshot(
         pool=pool,
         text_shots=text_shots,
         batch=batch,
-        compare=compare,
     )
 
 
@@ -258,6 +255,18 @@ def plan(recipe: str, overrides: list[str], gpu: str | None = None) -> None:
     plan(recipe_or_data(recipe, overrides), gpu)
 
 
+def cache(recipe: str, overrides: list[str]) -> None:
+    """Encode the pictures of a recipe ahead, and keep what the encoder sees; say first whether that will help.
+
+    Args:
+        recipe: YAML file, or the name of one that comes with the library; with torchrun each process does its share
+    """
+    from bridges.config import read_recipe
+    from bridges.training.ahead import encode_ahead
+
+    encode_ahead(read_recipe(recipe, overrides))
+
+
 def doctor() -> None:
     """Say what this machine has, what is missing for which recipe, and what the caches hold."""
     from bridges.doctor import doctor
@@ -265,24 +274,52 @@ def doctor() -> None:
     doctor()
 
 
-def benchmark(what: Literal["chat"], checkpoint: str, rounds: int = 5, image: list[str] = []) -> None:
-    """Measure on this machine, side by side: chat: the fourth turn of a conversation, with what was read kept, or not.
+def benchmark(
+    what: Literal["chat", "fewshot", "score"],
+    checkpoint: str,
+    rounds: int = 3,
+    image: list[str] = [],
+    task: Literal["caption", "vqa", "classify"] = "caption",
+    kind: str | None = None,
+    shots: int = 16,
+    queries: int = 32,
+    context: int = 120,
+    json: str | None = None,
+) -> None:
+    """Measure on this machine, side by side, how much faster an answer comes where what was read is kept.
 
     Args:
-        what: chat
+        what: chat (the fourth turn of a conversation), fewshot (queries after demonstrations), or score (40 labels)
         checkpoint: folder that `bridges train` made
         rounds: how often each way is timed
-        image: a picture of the conversation; give the option twice, or not at all
+        image: of chat, a picture of the conversation; give the option twice, or not at all
+        task: of fewshot, captions, questions (vqa), or labels by their likelihood (classify)
+        kind: of fewshot, kind of the questions, such as background
+        shots: of fewshot, how many demonstrations
+        queries: of fewshot, how many queries
+        context: of score, tokens before a label
+        json: file for the figures
     """
     from bridges.benchmark.chat import chat
+    from bridges.benchmark.fewshot import fewshot
+    from bridges.benchmark.rounds import write_figures
+    from bridges.benchmark.score import score
 
-    assert what == "chat"
-    chat(checkpoint, rounds, image)
+    if what == "chat":
+        found = chat(checkpoint, rounds, image)
+    elif what == "fewshot":
+        found = fewshot(checkpoint, rounds, task, kind, shots, queries)
+    else:
+        found = score(checkpoint, rounds, context)
+    write_figures(json, what, checkpoint, found)
 
 
 VERBS: dict[str, Callable[..., None]] = {
     v.__name__: v
-    for v in (demo, train, evaluate, generate, chat, serve, retrieve, fewshot, inspect, plan, doctor, merge, benchmark)
+    for v in (
+        *(demo, train, evaluate, generate, chat, serve, retrieve, fewshot),
+        *(inspect, plan, cache, doctor, merge, benchmark),
+    )
 }
 
 

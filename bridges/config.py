@@ -31,6 +31,11 @@ class Vision:
     small; each is one more image, with the slots of one."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    cache: Literal["fp32", "fp16", "int8"] | None = None
+    """Keep what it sees of each picture on disk, in this format, so that no picture is encoded twice; `bridges cache
+    RECIPE` says whether that helps, and does it ahead. fp32 changes nothing, fp16 and int8 round."""
+    cache_gb: float = 20.0
+    """Most that is kept so, in gigabytes; what is beyond is encoded each time."""
 
 
 @dataclass

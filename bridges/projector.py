@@ -66,6 +66,10 @@ class Projector(Bridge):
         if last.bias is not None:
             nn.init.zeros_(last.bias)
 
+    def reduced(self, features: Float[Tensor, "n p v"]) -> Float[Tensor, "n q v"]:
+        """A grid that is pooled already is pooled onto itself."""
+        return merge_patches(features, self.merge, self.factor) if self.merge == "average" else features
+
     def forward(self, features: Float[Tensor, "n p v"]) -> Visual:
         return Visual(self.layers(self.norm(merge_patches(features, self.merge, self.factor))))
 

@@ -24,8 +24,11 @@ MAY: dict[str, set[str]] = {
     "model": {"base", "layout", "sight", "towers"},
     "objectives": {"a bridge", "layers", "layout", "model", "data", "pairs", "towers"},
     "checkpoint": {"a bridge", "adapter", "base", "config", "data", "files", "interop", "model", "pairs", "towers"},
+    "store": {"base", "checkpoint", "files", "towers"},
     "merge": {"adapter", "checkpoint", "config", "files", "towers"},
-    "training": {"adapter", "checkpoint", "config", "data", "files", "interrupt", "model", "objectives", "towers"},
+    "training": {
+        *("adapter", "checkpoint", "config", "data", "files", "interrupt", "model", "objectives", "store", "towers"),
+    },
     "inference": {
         "a bridge",
         "base",
@@ -39,7 +42,7 @@ MAY: dict[str, set[str]] = {
         "sight",
         "towers",
     },
-    "evaluation": {"checkpoint", "config", "data", "files", "inference", "objectives"},
+    "evaluation": {"checkpoint", "config", "data", "files", "inference", "objectives", "store"},
     "interop": set(),
     "chat": {"checkpoint", "data", "files", "inference", "interrupt"},
     "serve": {"checkpoint", "data", "inference"},

@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from bridges.benchmark.rounds import enough
 from bridges.checkpoint import load
 from bridges.data.conversation import Turn
 from bridges.data.pictures import open_picture
@@ -37,8 +38,7 @@ def chat(
     round each that does not count. Pictures are in turns 1 and 2; the first three replies are the same for every model.
     Raises ValueError for fewer than 3 rounds, not two pictures, or answers that are not the same.
     """
-    if rounds < 3:
-        raise ValueError(f"{rounds} rounds say little; take at least 3")
+    enough(rounds)
     if len(image) not in (0, 2):
         raise ValueError(f"the conversation has two pictures, not {len(image)}")
     pictures = [open_picture(Path(path)) for path in image] or [noise(seed) for seed in (0, 1)]

@@ -55,7 +55,7 @@ def pair_of(example: Example) -> Pair:
     return pictures[0], caption, " ".join(sorted(example.names)) or caption.strip().lower()
 
 
-def collate_pairs(pairs: Sequence[Pair], tokenize: Tokenize, preprocess: Preprocess) -> PairBatch:
+def collate_pairs(pairs: Sequence[Pair], tokenize: Tokenize, preprocess: Preprocess | None) -> PairBatch:
     """Pairs as tensors."""
     ids, real = tokenize([caption for _, caption, _ in pairs])
     return PairBatch(
@@ -63,5 +63,5 @@ def collate_pairs(pairs: Sequence[Pair], tokenize: Tokenize, preprocess: Preproc
         real,
         torch.tensor([zlib.crc32(picture.tobytes(), picture.width) for picture, _, _ in pairs]),
         torch.tensor([zlib.crc32(said.encode()) for _, _, said in pairs]),
-        preprocess([picture for picture, _, _ in pairs]),
+        preprocess([picture for picture, _, _ in pairs]) if preprocess else None,
     )

@@ -1,7 +1,6 @@
 """`bridges fewshot`: how a checkpoint does with a few demonstrations in front of a query, and with more of them."""
 
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bridges.checkpoint import load
 from bridges.evaluation.binding import binding, binding_text
 from bridges.evaluation.fewshot_bench import Bench, Plan
-from bridges.evaluation.fewshot_report import plot, rates_text, table_text
+from bridges.evaluation.fewshot_report import plot, table_text
 from bridges.evaluation.fewshot_tasks import read_form
 from bridges.files import write
-from bridges.inference.demonstrations import Choice, fixed
-from bridges.inference.features import Features
-from bridges.inference.fewshot import FewShot
+from bridges.inference.demonstrations import Choice
 
 RESULTS = "fewshot.json"
 SHOTS = {**dict.fromkeys(("caption", "vqa", "classify"), "0,4,8,16"), "binding": "1,3,5"}
@@ -38,12 +35,11 @@ def fewshot(
     pool: int = 1000,
     text_shots: int = 2,
     batch: int = 32,
-    compare: bool = False,
 ) -> dict[str, Any]:
     """Measure a checkpoint with each number of demonstrations; print, write and return the figures.
 
-    With `compare` only how fast it is. Figures of other tasks and choices stay in fewshot.json. Raises ValueError where
-    the data or the template does not suit the task, or the demonstrations do not fit the context.
+    Figures of other tasks and choices stay in fewshot.json. Raises ValueError where the data or the template does not
+    suit the task, or the demonstrations do not fit the context.
     """
     folder, console, counts = Path(checkpoint), Console(), numbers(shots or SHOTS[task])
     given = {"queries": (queries, 2), "seeds": (seeds, 1), "pool": (pool, 1), "batch": (batch, 1)}
@@ -51,7 +47,7 @@ def fewshot(
         if value < least:
             raise ValueError(f"--{name} {value}: give at least {least}")
     if task == "binding":
-        for name, value in {"data": data, "template": template, "kind": kind, "compare": compare}.items():
+        for name, value in {"data": data, "template": template, "kind": kind}.items():
             if value:
                 raise ValueError(f"--{name} has no meaning for binding, which makes its own episodes; leave it out")
         result = binding(load(folder), counts, queries, batch, console)
@@ -61,7 +57,7 @@ def fewshot(
     plan = Plan(task, counts, choose, queries, seeds, kind, pool, batch, text_shots)
     form = read_form(task, template)
     bench = Bench(load(folder), data, plan, form, console)
-    return timed(folder, bench, console) if compare else measured(folder, bench, console)
+    return measured(folder, bench, console)
 
 
 def numbers(shots: str) -> tuple[int, ...]:
@@ -88,35 +84,8 @@ def measured(folder: Path, bench: Bench, console: Console) -> dict[str, Any]:
     return result
 
 
-def timed(folder: Path, bench: Bench, console: Console) -> dict[str, Any]:
-    """Both rates, side by side."""
-    with console.status("answering with what is kept, then with nothing reused"):
-        rates = speed(bench)
-    write_results(folder, f"{bench.plan.task} speed", rates)
-    console.print(rates_text(rates), highlight=False, soft_wrap=True)
-    return rates
-
-
 def write_results(folder: Path, name: str, result: Mapping[str, Any]) -> None:
     """Beside those measured before."""
     path = folder / RESULTS
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     write(path, json.dumps({**known, name: result}, indent=2).encode())
-
-
-def speed(bench: Bench) -> dict[str, Any]:
-    """Queries a second after the most demonstrations of the plan, kept or read and encoded anew for each query.
-
-    Both runs have the same batches; what is kept is paid for in the first.
-    """
-    count, prompts = max(bench.plan.shots), [bench.query(place, place) for place in range(len(bench.asked.items))]
-    told = bench.told(fixed(len(bench.pool.items), count), count)
-    bench.answers(FewShot(bench.assembled), prompts[:1])  # the first pass of a process is slow
-    rates, answers = {}, []
-    for name, reuse in (("reused", True), ("anew", False)):
-        reader = FewShot(bench.assembled, told, Features(bench.assembled, keep=reuse), bench.plan.batch, reuse)
-        began = time.monotonic()
-        answers.append(bench.answers(reader, prompts))
-        rates[name] = len(prompts) / (time.monotonic() - began)
-    equal = sum(kept == new for kept, new in zip(*(said[""] for said in answers), strict=True))
-    return {"shots": count, "queries": len(prompts), **rates, "times": rates["reused"] / rates["anew"], "equal": equal}

@@ -20,8 +20,8 @@ from bridges.evaluation.tasks import LONGEST_ANSWER, LONGEST_CAPTION
 from bridges.inference.demonstrations import Choice, drawn, fixed, gallery, nearest, text_only
 from bridges.inference.features import Features
 from bridges.inference.fewshot import FewShot
+from bridges.inference.lines import evenly
 from bridges.inference.prompts import Prompt
-from bridges.inference.reading import evenly
 
 CONTROLS = ("image", "shuffled")  # the query's own picture, or another query's; the demonstrations keep theirs
 

@@ -44,13 +44,6 @@ def spread(figure: Mapping[str, Any]) -> str:
     return f"{figure['mean']:.3f}" + ("" if figure["spread"] is None else f" ± {figure['spread']:.3f}")
 
 
-def rates_text(rates: Mapping[str, Any]) -> str:
-    return (
-        f"{rates['shots']} fixed demonstrations, {rates['queries']} queries: {rates['reused']:.2f} queries a second, "
-        f"{rates['anew']:.2f} with nothing reused; {rates['times']:.1f} times as fast, {rates['equal']} answers equal"
-    )
-
-
 def summary(trials: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
     """Of each metric the mean and the standard deviation over trials, and every trial."""
     values = {name: [figures[name] for figures in trials] for name in trials[0]}

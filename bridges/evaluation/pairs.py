@@ -22,7 +22,8 @@ from bridges.inference.retrieval import RERANK, Retriever, nearest, reranked
 from bridges.objectives.captioning import written
 from bridges.objectives.controls import CONTROLS, Control, controlled
 from bridges.objectives.matching import hard_negatives
-from bridges.objectives.pairs import pair_batch
+from bridges.objectives.pairs import pair_batch, seen
+from bridges.store import open_store
 
 AT_ONCE = 48  # pairs; pictures are shuffled among them
 SHOWN = 12
@@ -70,14 +71,13 @@ def hold_out(paired: Paired, retriever: Retriever, split: str, size: int, consol
     if count < 2:
         raise ValueError(f"split {split} has {count} pair; at least 2 are needed, so that there is something to find")
     starts = [start for start in range(0, count, AT_ONCE) if count - start > 1]  # one alone has no other picture
-    held = HeldOut()
+    held, store = HeldOut(), open_store(paired)
     writes = "captioning" in paired.recipe.objectives
     for start in track(starts, f"seeing {split}", console=console):
         last = start == starts[-1]
         examples = [data[i] for i in range(start, count if last else start + AT_ONCE)]
-        batch = pair_batch(paired.model, examples)
-        assert batch.pixel_values is not None
-        features = paired.model.vision(batch.pixel_values)
+        batch = pair_batch(paired.model, examples, store)
+        features = seen(paired.model, batch)
         pairs = [pair_of(example) for example in examples]
         held.texts += [text for _, text, _ in pairs]
         held.first = held.first or [picture for picture, _, _ in pairs][:SHOWN]
@@ -86,6 +86,8 @@ def hold_out(paired: Paired, retriever: Retriever, split: str, size: int, consol
         held.caption_keys += batch.captions.tolist()
         for control in CONTROLS if writes else ():
             held.nll[control] += written_nll(retriever, controlled(features, paired.model.vision, control), batch)
+    if store:
+        store.flush()
     if data.broken:
         console.print(data.summary())
     return held

@@ -17,6 +17,7 @@ from bridges.evaluation.pairs import measure_pairs
 from bridges.evaluation.report import Shown, table_text, write_report
 from bridges.evaluation.tasks import Said, captions_of, listen, questions_of, tabulate
 from bridges.files import write
+from bridges.store import open_store
 
 RESULTS, REPORT = "evaluation.json", "report.html"
 AT_ONCE = 48  # examples; pictures are shuffled among them
@@ -68,10 +69,13 @@ def measure(assembled: Assembled, split: str, size: int, console: Console) -> li
     if count - starts[-1] < 2:  # a last example alone would have no other picture
         starts.pop()
     said: list[Said] = []
+    store = open_store(assembled)
     for start, end in track(
         list(zip(starts, [*starts[1:], count], strict=True)), f"evaluating {split}", console=console
     ):
-        said += listen(assembled, [data[i] for i in range(start, end)])
+        said += listen(assembled, [data[i] for i in range(start, end)], store)
+    if store:
+        store.flush()
     if data.broken:
         console.print(data.summary())
     return said

@@ -66,13 +66,16 @@ def expected(conversation: Conversation) -> str:
 
 
 @torch.no_grad()
-def listen(assembled: Assembled, examples: Sequence[Example]) -> list[Said]:
-    """Put every question of some examples to the model under each control. Pictures are shuffled among them."""
+def listen(assembled: Assembled, examples: Sequence[Example], see: Seen | None = None) -> list[Said]:
+    """Put every question of some examples to the model under each control. Pictures are shuffled among them.
+
+    Something else than the encoder may `see` them.
+    """
     said = [Said(example, {}, {}, {}) for example in examples]
     vision = assembled.model.vision
     pictures = unique(i for e in examples for c in e.conversations for i in assembled.template.images(c.turns))
     place = {id(picture): number for number, picture in enumerate(pictures)}
-    right = vision(vision.preprocess(pictures).to(assembled.model.language.device))
+    right = (see(pictures) if see else vision(vision.preprocess(pictures))).to(assembled.model.language.device)
 
     for control in CONTROLS:
         features = controlled(right, vision, control)

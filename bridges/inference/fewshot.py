@@ -15,11 +15,14 @@ from bridges.data.batch import collate, pack
 from bridges.data.template import IGNORE_INDEX, Encoded
 from bridges.inference.decoding import decode, room, until_end
 from bridges.inference.features import Features
+from bridges.inference.lines import lay, parts
 from bridges.inference.prompts import Plain, Prompt, follow, join
-from bridges.inference.reading import Kept, keep, lay, parts, read, speak
+from bridges.inference.reading import Kept, keep, read, speak
 from bridges.inference.scoring import Scores, Tree, check_labels, scores_of
-from bridges.model import LONGEST_LINE
 from bridges.objectives.language import target_nll
+
+LINE, SPOKEN = 256, 1024  # columns of a line; with those of answers
+AT_ONCE = 2048  # columns of lines that are read side by side
 
 Ended = Callable[[Sequence[int]], bool]
 
@@ -78,8 +81,8 @@ class FewShot:
         self._fit(texts, max_new_tokens)
         texts, kept = self._after_shots(texts, max_new_tokens)
         said: list[list[int]] = []
-        for part in self._parts([len(text.ids) for text in texts], max_new_tokens, kept, kept is not None):
-            say = self._say_in_line if kept else self._say_in_rows
+        for part in parts([len(text.ids) for text in texts], self.batch, AT_ONCE if kept else inf):
+            say = self._say_in_lines if kept else self._say_in_rows
             said += say(texts[part], kept, max_new_tokens, lambda ids: self._ended(ids, stops))
         return [self._words(ids, stops) for ids in said]
 
@@ -97,8 +100,8 @@ class FewShot:
         sizes = [len(text.ids) + len(tree.inner) for text, tree in zip(texts, trees, strict=True)]
         in_line = self.model.language.shares(max(sizes, default=0) + (len(kept) if kept else 0))
         found = [Scores(*(torch.zeros(0, len(labels), dtype=torch.double) for _ in range(2)))]
-        for part in self._parts(sizes, 0, kept, in_line):
-            scored = self._score_in_line if in_line else self._score_in_rows
+        for part in parts(sizes, self.batch, AT_ONCE if in_line else inf):
+            scored = self._score_in_lines if in_line else self._score_in_rows
             found.append(scored(texts[part], trees[part], kept))
         return Scores(*(torch.cat(each) for each in zip(*found, strict=True)))
 
@@ -129,14 +132,16 @@ class FewShot:
         self._kept = self._kept or keep(self.model, self.features, join(self.shots))
         return texts, self._kept
 
-    def _parts(self, sizes: Sequence[int], more: int, kept: Kept | None, in_line: bool) -> list[slice]:
+    def _left(self, kept: Kept | None) -> int | float:
+        """Columns that a line may have after what is kept, so that it is not longer than a window."""
         window = self.model.language.window
-        left = inf if window is None or not in_line else window - (len(kept) if kept else 0)
-        return parts(sizes, self.batch, LONGEST_LINE if in_line else inf, more, left)
+        return inf if window is None else window - (len(kept) if kept else 0)
 
-    def _say_in_line(self, texts: Sequence[Encoded], kept: Kept | None, longest: int, ended: Ended) -> list[list[int]]:
-        line = lay(texts, [Tree()] * len(texts), len(kept) if kept else 0, self.features.device)
-        return speak(self.model, read(self.model, self.features, texts, line, kept), line, longest, ended)
+    def _say_in_lines(self, texts: Sequence[Encoded], kept: Kept | None, longest: int, ended: Ended) -> list[list[int]]:
+        assert kept is not None
+        room = SPOKEN if self.model.language.window is None else 0  # a line for each: a window counts all its columns
+        lines = lay(texts, [Tree()] * len(texts), len(kept), self.features.device, longest, room)
+        return speak(self.model, read(self.model, self.features, texts, lines, kept), lines, longest, ended)
 
     def _say_in_rows(self, texts: Sequence[Encoded], kept: Kept | None, longest: int, ended: Ended) -> list[list[int]]:
         """Each text for itself, padded in front."""
@@ -168,9 +173,9 @@ class FewShot:
         cut = min((words.find(stop) for stop in stops if stop in words), default=len(words))
         return words[:cut].lstrip(" ").rstrip("\N{REPLACEMENT CHARACTER}")
 
-    def _score_in_line(self, texts: Sequence[Encoded], trees: Sequence[Tree], kept: Kept | None) -> Scores:
-        line = lay(texts, trees, len(kept) if kept else 0, self.features.device)
-        return scores_of(read(self.model, self.features, texts, line, kept).logits, trees)
+    def _score_in_lines(self, texts: Sequence[Encoded], trees: Sequence[Tree], kept: Kept | None) -> Scores:
+        lines = lay(texts, trees, len(kept) if kept else 0, self.features.device, 0, min(LINE, self._left(kept)))
+        return scores_of(read(self.model, self.features, texts, lines, kept).logits, trees)
 
     def _score_in_rows(self, texts: Sequence[Encoded], trees: Sequence[Tree], kept: Kept | None) -> Scores:
         """A row for each label, where texts cannot share one."""

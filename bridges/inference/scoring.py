@@ -92,14 +92,14 @@ def check_labels(labels: Sequence[str]) -> None:
 
 def scores_of(logits: Float[Tensor, "s vocab"], trees: Sequence[Tree]) -> Scores:
     """Of every label, from the logits after each text and then after each inner node of its tree."""
-    logits = logits.float()
-    everything = logits.logsumexp(-1)
+    # a few rows at a time stay in a CPU's cache
+    everything = torch.cat([some.float().logsumexp(-1) for some in logits.split(64)]) if len(logits) else logits[:, 0]
     totals, lengths, start = [], [], 0
     for tree in trees:
         row = {node: start + 1 + place for place, node in enumerate(tree.inner)} | {-1: start}
         start += len(row)
         rows = torch.tensor([row[parent] for parent in tree.parents], device=logits.device)
-        told = logits[rows, torch.tensor(tree.tokens, device=logits.device)] - everything[rows]
+        told = logits[rows, torch.tensor(tree.tokens, device=logits.device)].float() - everything[rows]
         lengths.append(torch.tensor([len(path) for path in tree.paths]))
         owner = torch.arange(len(tree.paths)).repeat_interleave(lengths[-1])
         nodes = torch.tensor([node for path in tree.paths for node in path])

@@ -25,4 +25,4 @@ def controlled(features: Float[Tensor, "n p v"], vision: VisionTower, control: C
         beyond = vision.tiler.most + 1 if vision.tiler else 1
         return features.roll(max(1, min(beyond, len(features) // 2)), dims=0)
     grey = vision(vision.preprocess([Image.new("RGB", (64, 64), (128, 128, 128))]).to(features.device))
-    return grey.expand_as(features)
+    return grey.expand(len(features), -1, -1)  # features may be fewer where the bridge reduces them

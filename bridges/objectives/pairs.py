@@ -1,11 +1,12 @@
 """BLIP-2's first stage (arXiv 2301.12597, section 3.1): any weighted subset of its objectives in one pass."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from bridges.data.conversation import Example
@@ -59,11 +60,21 @@ class PairObjective:
         return loss, {name: float(part.detach()) / len(batch.ids) for name, part in parts.items()}
 
 
-def pair_batch(model: PairModel, examples: Sequence[Example]) -> PairBatch:
-    """Examples to tensors, with the words of the bridge. ValueError where one is no picture with a caption."""
-    bridge = model.bridge
+def pair_batch(
+    model: PairModel,
+    examples: Sequence[Example],
+    see: Callable[[Sequence[Image.Image]], Float[Tensor, "n p v"]] | None = None,
+) -> PairBatch:
+    """Examples to tensors, with the words of the bridge; with features of the pictures, where something can `see` them.
+
+    ValueError where one is no picture with a caption.
+    """
+    bridge, pairs = model.bridge, [pair_of(e) for e in examples]
     assert isinstance(bridge, QFormer)
-    return collate_pairs([pair_of(e) for e in examples], bridge.words, model.vision.preprocess)
+    batch = collate_pairs(pairs, bridge.words, None if see else model.vision.preprocess)
+    if see:
+        batch.features = see([picture for picture, _, _ in pairs])
+    return batch
 
 
 def seen(model: PairModel, batch: PairBatch) -> Float[Tensor, "b p v"]:

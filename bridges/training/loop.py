@@ -44,6 +44,8 @@ def train(recipe: Recipe, resume: bool = False, engine: str | None = None) -> Pa
     sources = open_sources(recipe)
     if accelerator.is_main_process:
         print(*(told(source.name, source.data.rows) for source in sources), sep="\n")
+        if stage.store:
+            print(stage.store.summary())
     refuse_equal_captions(stage, sources[0].data)
     held = validation_batch(stage, min(settings.evaluate_size, settings.batch * 4))
     first, moments = restore(stage.built, sizes_of(sources)) if resume else (0, {})
@@ -89,6 +91,8 @@ def take_steps(
             save_best(run, stage.built)
         if step % settings.save_every == 0 or step == settings.steps or asked:
             save_run(run, stage.built, sizes_of(sources), step)
+            if stage.store:
+                stage.store.flush()
         if asked:
             break
     return step, asked

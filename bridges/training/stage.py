@@ -16,6 +16,7 @@ from bridges.data.pictures import MapStyle
 from bridges.objectives.controls import CONTROLS, controlled
 from bridges.objectives.language import language_loss
 from bridges.objectives.pairs import PairObjective, held_out_pairs, pair_batch
+from bridges.store import Store, open_store
 
 Loss = Callable[[Any, Any], tuple[Tensor, dict[str, float]]]
 Figures = dict[str, dict[str, float]]
@@ -30,6 +31,7 @@ class Stage:
     """
 
     built: Built
+    store: Store | None
     batch: Callable[[Sequence[Example]], Any]
     loss: Loss
     held_out: Callable[[Any], Figures]
@@ -46,11 +48,13 @@ def open_stage(recipe: Recipe) -> Stage:
 def language_stage(recipe: Recipe) -> Stage:
     """The language model says what the assistant says."""
     assembled = build(recipe)
+    store = open_store(assembled)
     if recipe.train.gradient_checkpointing:
         assembled.model.language.checkpoint_gradients()
     return Stage(
         assembled,
-        lambda examples: make_batch(assembled, examples),
+        store,
+        lambda examples: make_batch(assembled, examples, store),
         said_loss,
         lambda batch: {"caption_nll": held_out_nll(assembled, batch)},
     )
@@ -61,26 +65,29 @@ def said_loss(model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     return language_loss(model, batch)[0], {}
 
 
-def make_batch(assembled: Assembled, examples: Sequence[Example]) -> Batch:
-    """Examples to tensors. ValueError where no token of them is a target."""
+def make_batch(assembled: Assembled, examples: Sequence[Example], store: Store | None = None) -> Batch:
+    """Examples to tensors, with features where there is a store. ValueError where no token of them is a target."""
     model, template, recipe = assembled
     share = model.language.shares(recipe.data.max_length)
     rows = [r for e in examples for r in rows_of(e, template, recipe.data.max_length, share)]
-    batch = collate(rows, model.vision.preprocess)
+    batch = collate(rows, None if store else model.vision.preprocess)
     if not batch.num_targets:
         raise ValueError(
             "not one token of the first texts is a target: the assistant says nothing, or data.max_length cuts it off; "
             "look at them with `bridges inspect RECIPE`"
         )
+    if store:
+        batch.features = store([image for row in rows for image in row.images])
     return batch
 
 
 @torch.no_grad()
 def held_out_nll(assembled: Assembled, batch: Batch) -> dict[str, float]:
     """Held-out loss (nats a target) with the right pictures, each other's, and grey ones."""
-    assert batch.pixel_values is not None
-    model = assembled.model
-    features = model.vision(batch.pixel_values)
+    model, features = assembled.model, batch.features
+    if features is None:
+        assert batch.pixel_values is not None
+        features = model.vision(batch.pixel_values)
     result = {}
     for control in CONTROLS:
         seen = Batch(**{**vars(batch), "pixel_values": None, "features": controlled(features, model.vision, control)})
@@ -101,9 +108,11 @@ def pair_stage(recipe: Recipe) -> Stage:
     if recipe.data.prefix:
         raise ValueError("data.prefix splits captions for a language model; pairs need whole ones: leave it out")
     paired = build_pairs(recipe)
+    store = open_store(paired)
     return Stage(
         paired,
-        lambda examples: pair_batch(paired.model, examples),
+        store,
+        lambda examples: pair_batch(paired.model, examples, store),
         lambda model, batch: model(objective, batch),
         lambda batch: held_out_pairs(paired.model, batch),
     )

@@ -109,7 +109,7 @@ def refuse_other_recipe(output: Path, config: dict, recipe: Recipe) -> None:
         "bridge": plain(recipe.bridge),
         "data": plain(vars(recipe.data)),
         "language": vars(recipe.language),
-        "vision": vars(recipe.vision),
+        "vision": {k: v for k, v in vars(recipe.vision).items() if k != "cache_gb"},
         "lora": vars(recipe.lora) if recipe.lora else dict.fromkeys(f.name for f in fields(Lora)),
         "objectives": recipe.objectives,
         **{f"also.{number}": plain(vars(data)) for number, data in enumerate(recipe.also)},

@@ -15,7 +15,7 @@ from bridges.checkpoint import Assembled, build, save_checkpoint
 from bridges.cli import main
 from bridges.config import Data, Recipe
 from bridges.data.conversation import Conversation, Example, Turn, ask
-from bridges.evaluation.fewshot import fewshot, numbers, speed
+from bridges.evaluation.fewshot import fewshot, numbers
 from bridges.evaluation.fewshot_bench import Bench, Plan
 from bridges.evaluation.fewshot_report import plot, summary, table_text
 from bridges.evaluation.fewshot_tasks import TEMPLATES, Items, data_of, labels_of, measure, read_form
@@ -206,22 +206,6 @@ def test_the_command_writes_figures_and_a_plot_and_keeps_those_of_before(
     assert "shuffled" in capsys.readouterr().out
     Console(quiet=True).print(table_text(table["caption fixed"]))
     assert "demonstrations" in plot(table["caption fixed"])
-
-
-def test_both_speeds_are_told_and_the_answers_are_equal(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["fewshot", str(checkpoint), "--compare", "--queries", "3", "--shots", "8", "--pool", "9"])
-    rates = json.loads((checkpoint / "fewshot.json").read_text())["caption speed"]
-    assert rates["equal"] == rates["queries"] == 3
-    assert rates["times"] == pytest.approx(rates["reused"] / rates["anew"])
-    assert "3 answers equal" in capsys.readouterr().out
-
-
-def test_what_is_kept_saves_the_encoder_all_but_the_queries(assembled: Assembled, rows: Path) -> None:
-    one = bench(assembled, rows, shots=(4,), batch=2)
-    seen: list[int] = []
-    one.assembled.model.vision.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    speed(one)
-    assert sum(seen) == 1 + (4 + 3) + 3 * (4 + 1), "a first query, then kept shots, then everything anew"
 
 
 def test_binding_is_measured_against_chance(assembled: Assembled, tmp_path: Path) -> None:

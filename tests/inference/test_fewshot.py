@@ -17,8 +17,8 @@ from bridges.config import Recipe
 from bridges.data.template import IMAGE_TOKEN_ID
 from bridges.inference.features import Features
 from bridges.inference.fewshot import FewShot, complete, score
+from bridges.inference.lines import evenly, parts
 from bridges.inference.prompts import Prompt, turns_of
-from bridges.inference.reading import evenly, parts
 from bridges.inference.scoring import tree_of
 
 GATED: dict[str, Any] = dict(name="flamingo", latents=5, depth=1, resampler_heads=2, resampler_head_dim=8)
@@ -249,9 +249,8 @@ def test_a_line_is_no_longer_than_the_window(
     reader, read = FewShot(assembled, shots), widths(assembled)
     said = reader.complete(queries, 12)
     before = read[0][1]
-    prefills = [columns for _, columns in read[1:] if columns > len(queries)]
-    assert len(prefills) > 1, "one line would be longer than the window"
-    assert all(before + columns + 12 <= 110 for columns in prefills)
+    assert read[1][0] == len(queries), "one line would be longer than the window"
+    assert before + read[1][1] + 12 <= 110
     assert said == FewShot(assembled, shots, reuse=False).complete(queries, 12)
     found = reader.score(queries, LABELS).total
     assert found[1].tolist() == pytest.approx(
@@ -290,10 +289,10 @@ def test_what_a_bridge_reads_beside_a_picture_is_the_text_up_to_the_next(
 
 def test_batches_are_of_like_size() -> None:
     assert [evenly(count, 32) for count in (0, 1, 32, 33, 64, 100)] == [0, 1, 32, 17, 32, 25]
-    assert parts([9] * 5, 3, 99, 0, 99) == [slice(0, 3), slice(3, 5)]
-    assert parts([9, 9, 30, 1], 4, 20, 0, 99) == [slice(0, 2), slice(2, 3), slice(3, 4)]
-    assert parts([9, 9, 9], 4, 99, 5, 28) == [slice(0, 2), slice(2, 3)]
-    assert parts([], 4, 99, 5, 28) == []
+    assert parts([9] * 5, 3, 99) == [slice(0, 3), slice(3, 5)]
+    assert parts([9, 9, 30, 1], 4, 20) == [slice(0, 2), slice(2, 3), slice(3, 4)]
+    assert parts([9, 9, 9], 4, 28, 5) == [slice(0, 2), slice(2, 3)]
+    assert parts([], 4, 28, 5) == []
 
 
 def test_a_tree_has_every_common_beginning_once() -> None:
@@ -361,3 +360,23 @@ def test_nothing_asked_is_nothing_said(assembled: Assembled, shots: list[Prompt]
     assert reader.score([], LABELS).total.shape == (0, len(LABELS))
     with pytest.raises(ValueError, match="stop text is empty"):
         reader.complete([], 4, "")
+
+
+def test_in_several_lines_all_is_said_and_scored_as_in_one(
+    model: Assembled, shots: list[Prompt], queries: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an end token, so that texts end at different steps, and lines get emptier than others."""
+    free = FewShot(model, shots).complete(queries * 2, 12)
+    said = [model.template.tokenizer(text, add_special_tokens=False)["input_ids"] for text in free]
+    model.model.language.end_ids = frozenset(ids[place % 4 + 1] for place, ids in enumerate(said) if len(ids) > 5)
+    reader, read = FewShot(model, shots), widths(model)
+    one = reader.complete(queries * 2, 12), reader.score(queries * 2, LABELS).total
+    monkeypatch.setattr("bridges.inference.fewshot.SPOKEN", 60)
+    monkeypatch.setattr("bridges.inference.fewshot.LINE", 60)
+    read.clear()
+    assert reader.complete(queries * 2, 12) == one[0] == FewShot(model, shots, reuse=False).complete(queries * 2, 12)
+    assert read[0][0] > 1
+    assert len({len(text) for text in one[0]}) > 2
+    read.clear()
+    torch.testing.assert_close(reader.score(queries * 2, LABELS).total, one[1], atol=1e-4, rtol=1e-4)
+    assert read[0][0] > 1
