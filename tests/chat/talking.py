@@ -4,6 +4,7 @@ No conftest.py: a second one would take the name from the first, and `from conft
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from conftest import tiny_language
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bridges.checkpoint import Assembled, build, save_checkpoint
+from bridges.checkpoint import Assembled, build, load, save_checkpoint
 from bridges.config import recipe_from
+from bridges.data.conversation import Turn
+from bridges.data.pictures import open_picture
 from bridges.inference.session import Session
 from bridges.inference.settings import Settings
 from chat.state import Chat
@@ -58,3 +61,18 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """Of a program that the test starts."""
     terminal = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(tmp_path)}
     return {**os.environ, **terminal, "OMP_NUM_THREADS": "1"}  # for tensors this small
+
+
+@pytest.fixture
+def said_by(checkpoint: Path) -> Callable[[list[list[str | Path]], int], list[str]]:
+    """The answers that a session gives; paths are pictures."""
+
+    def answers(messages: list[list[str | Path]], max_new_tokens: int) -> list[str]:
+        session = Session(load(checkpoint))
+        said = []
+        for message in messages:
+            session.append(Turn("user", [open_picture(part) if isinstance(part, Path) else part for part in message]))
+            said.append("".join(session.stream(max_new_tokens)))
+        return said
+
+    return answers

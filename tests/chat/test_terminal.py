@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pexpect
@@ -36,6 +37,7 @@ from chat.terminal import answer, run, talk
 pytest_plugins = ["talking"]
 
 ROOT = Path(__file__).parents[2]
+SaidBy = Callable[[list[list[str | Path]], int], list[str]]
 PROMPT = re.escape("\x1b[?2004h")  # bracketed paste is switched on where a line may be typed
 
 
@@ -60,16 +62,6 @@ class Says(Settings):
         return vars(self)["choose"]
 
 
-def said_by(checkpoint: Path, messages: list[list[str | Path]], max_new_tokens: int) -> list[str]:
-    """The answers that a session gives; paths are pictures."""
-    session = Session(load(checkpoint))
-    said = []
-    for message in messages:
-        session.append(Turn("user", [open_picture(part) if isinstance(part, Path) else part for part in message]))
-        said.append("".join(session.stream(max_new_tokens)))
-    return said
-
-
 def started(checkpoint: Path, environment: dict[str, str], max_new_tokens: int) -> "pexpect.spawn[str]":
     arguments = ["-m", "chat", str(checkpoint), "--max_new_tokens", str(max_new_tokens)]
     return pexpect.spawn(
@@ -77,8 +69,10 @@ def started(checkpoint: Path, environment: dict[str, str], max_new_tokens: int) 
     )
 
 
-def test_a_talk_at_a_terminal(checkpoint: Path, picture_files: list[Path], environment: dict[str, str]) -> None:
-    [first] = said_by(checkpoint, [[picture_files[0], "Hello"]], 500)
+def test_a_talk_at_a_terminal(
+    checkpoint: Path, said_by: SaidBy, picture_files: list[Path], environment: dict[str, str]
+) -> None:
+    [first] = said_by([[picture_files[0], "Hello"]], 500)
     terminal = started(checkpoint, environment, 500)
 
     def see(*patterns: str) -> str:
@@ -174,7 +168,7 @@ def test_every_command_of_help_does_its_work_at_a_terminal(
 
 
 def test_a_pipe_of_three_turns_with_two_pictures_gives_three_answers_and_nothing_else(
-    checkpoint: Path, picture_files: list[Path], environment: dict[str, str]
+    checkpoint: Path, said_by: SaidBy, picture_files: list[Path], environment: dict[str, str]
 ) -> None:
     red, blue = picture_files
     lines = f"/image '{red}'\nWhat is it?\n\n/nonsense\nAnd \udcff?\n/image {blue}\r\nWhich is larger?"
@@ -184,7 +178,7 @@ def test_a_pipe_of_three_turns_with_two_pictures_gives_three_answers_and_nothing
         arguments, input=given, check=False, capture_output=True, cwd=ROOT, env=environment, timeout=240
     )
     messages: list[list[str | Path]] = [[red, "What is it?"], ["And �?"], [blue, "Which is larger?"]]
-    assert ran.stdout.decode().splitlines() == said_by(checkpoint, messages, 12)
+    assert ran.stdout.decode().splitlines() == said_by(messages, 12)
     assert ran.returncode == 0
     notices = ran.stderr.decode().splitlines()
     assert [line.split("; ")[0].split(": ")[0] for line in notices] == [
