@@ -79,6 +79,9 @@ def chat(
     max_new_tokens: int = 256,
     seed: int = 0,
     json: bool = False,
+    web: bool = False,
+    host: str | None = None,
+    port: int | None = None,
 ) -> None:
     """Talk about pictures. /help lists the commands; reads a pipe when there is no terminal.
 
@@ -92,12 +95,15 @@ def chat(
         max_new_tokens: longest answer
         seed: of what is drawn
         json: each answer as a line of JSON, with what it cost
+        web: talk in a web page instead, with stop, regenerate, undo and all settings
+        host: of the page; by default 127.0.0.1, which only this machine reaches
+        port: of the page; by default the first free one from 7860
     """
     from bridges.inference.settings import Settings
-    from chat.terminal import run
+    from chat.start import start
 
     settings = Settings(temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens)
-    run(checkpoint, image, prompt, settings, system, json)
+    start(checkpoint, image, prompt, settings, system, json, web, host, port)
 
 
 def serve(

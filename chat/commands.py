@@ -53,12 +53,12 @@ def drop(chat: Chat, argument: str) -> str:
 
 
 def system(chat: Chat, argument: str) -> str:
-    turns = chat.session.turns
-    rest = turns[bool(turns) and turns[0].role == "system" :]
     if argument:
-        turns[:] = [Turn("system", [argument]), *rest]
+        chat.begin_with(argument)
         return "the conversation begins with that now"
-    given = words_of(turns[0]) if len(rest) < len(turns) else chat.session.assembled.template.system
+    first = chat.session.turns[:1]
+    own = first and first[0].role == "system"
+    given = words_of(first[0]) if own else chat.session.assembled.template.system
     return f"system: {given}" if given else "no system text; /system TEXT gives one"
 
 

@@ -1,5 +1,7 @@
 """What there is to see of a conversation: its words, where the context goes, what an answer cost, small pictures."""
 
+from typing import TYPE_CHECKING
+
 from PIL import Image
 from rich.color import Color
 from rich.segment import Segment, Segments
@@ -7,7 +9,16 @@ from rich.style import Style
 
 from chat.state import Chat, name_of, words_of
 
+if TYPE_CHECKING:  # torch comes with it
+    from bridges.checkpoint import Assembled
+
 WHO = {"system": "system", "user": "you", "assistant": "model"}
+
+
+def model_line(assembled: "Assembled") -> str:
+    """What talks."""
+    model, name = assembled.model, assembled.recipe.bridge["name"]
+    return f"{name} between {model.vision.name} and {model.language.name}, {model.bridge.shape()}"
 
 
 def history(chat: Chat, _: str) -> str:

@@ -47,8 +47,12 @@ class Chat:
 
     def message(self, text: str) -> None:
         """Say something, with the pictures that wait and those that stand in it; an answer is due then."""
+        self.ask(Turn("user", [*self.pictures, *interleaved(text)]))
+
+    def ask(self, turn: Turn) -> None:
+        """Say this; an answer is due then."""
         self.before = list(self.session.turns)
-        self.session.append(Turn("user", [*self.pictures, *interleaved(text)]))
+        self.session.append(turn)
 
     def again(self, turn: Turn) -> None:
         """Ask this instead of the last message."""
@@ -56,6 +60,12 @@ class Chat:
         self.session.undo()
         self.session.append(turn)
         self.before = before
+
+    def begin_with(self, system: str) -> None:
+        """Have the conversation begin with this text, or with none of its own."""
+        turns = self.session.turns
+        rest = turns[bool(turns) and turns[0].role == "system" :]
+        turns[:] = [*([Turn("system", [system])] if system else []), *rest]
 
     def stream(self) -> "Generator[str, None, None]":
         """The answer that is due. Where not a word comes of it, the conversation is as it was."""

@@ -19,7 +19,7 @@ from bridges.inference.settings import Settings
 from bridges.interrupt import interruptible
 from chat.commands import obey
 from chat.keyboard import typed
-from chat.show import thumbnail
+from chat.show import model_line, thumbnail
 from chat.state import Chat
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -86,9 +86,7 @@ def load_chat(console: Console, checkpoint: str, settings: Settings) -> Chat:
 
 
 def greet(chat: Chat, console: Console) -> None:
-    model, _, recipe = chat.session.assembled
-    towers = f"{model.vision.name} and {model.language.name}"
-    console.print(f"{recipe.bridge['name']} between {towers}, {model.bridge.shape()}")
+    console.print(model_line(chat.session.assembled))
     console.print("/image PATH shows it a picture, /help lists what else there is", style="dim")
 
 

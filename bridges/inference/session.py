@@ -17,6 +17,7 @@ from bridges.inference.decoding import Choose, cut, decode, greedy, held, room, 
 from bridges.inference.looking import Key, Looker, Seen
 from bridges.inference.memory import Mark, Memory
 from bridges.sight import Sight, sight_of_one
+from bridges.towers.precision import for_few_tokens
 
 SLACK = 0.75
 """Of the context is left filled when the oldest turns are dropped, so that the next turn need not drop again."""
@@ -74,6 +75,7 @@ class Session:
 
     def __init__(self, assembled: Assembled, looker: Looker | None = None) -> None:
         self.assembled, self.looker = assembled, looker or Looker(assembled)
+        for_few_tokens(assembled.model.language.model)
         self.clear()
 
     def clear(self) -> None:

@@ -1,9 +1,14 @@
-"""Which number format a frozen tower runs in: the fastest that this machine really has, whatever a checkpoint says."""
+"""Which number format a frozen tower runs in: the fastest that this machine really has, whatever a checkpoint says.
+
+And how its weights lie in memory where few tokens at a time are read.
+"""
 
 import time
 from functools import cache
+from typing import Any
 
 import torch
+from torch import nn
 
 
 @cache
@@ -44,3 +49,15 @@ def seconds(dtype: torch.dtype) -> float:
         torch.mm(left, right)
         times.append(time.perf_counter() - start)
     return min(times[1:])  # the first run also chooses and compiles the kernel
+
+
+def for_few_tokens(model: Any) -> None:
+    """Lay the linear layers' weights in memory column by column, in place, on a CPU; their values stay.
+
+    MKL multiplies a few tokens by such weights up to twice as fast, one or many of them as fast as before. The head is
+    left: it may be the embeddings too, which are read row by row.
+    """
+    head = model.get_output_embeddings()
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer is not head and layer.weight.device.type == "cpu":
+            layer.weight.data = layer.weight.data.t().contiguous().t()

@@ -5,25 +5,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bridges.checkpoint import Assembled, build
-from bridges.config import recipe_from
 from bridges.data.conversation import Turn
-from bridges.inference.session import Session
-from bridges.inference.settings import Settings
 from chat.commands import COMMANDS, obey
 from chat.paths import paths_in
 from chat.state import Chat
 
-
-@pytest.fixture(scope="module")
-def model(tiny_clip: Path, tiny_llama: Path) -> Assembled:
-    towers = {"vision": {"name": str(tiny_clip)}, "language": {"name": str(tiny_llama)}}
-    return build(recipe_from({"output": "nowhere", **towers}))
-
-
-@pytest.fixture
-def chat(model: Assembled) -> Chat:
-    return Chat(Session(model), Settings(max_new_tokens=4))
+pytest_plugins = ["talking"]
 
 
 @pytest.fixture

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bridges.checkpoint import Assembled, build, save_checkpoint
-from bridges.config import recipe_from
+from bridges.checkpoint import build, save_checkpoint
 from bridges.data.conversation import Turn, images_of
 from bridges.data.formats import Rows
 from bridges.inference.session import Session
-from bridges.inference.settings import NAMES, Settings
+from bridges.inference.settings import NAMES
 from chat.commands import COMMANDS, obey
 from chat.files import png
 from chat.lab import blank, shuffled
@@ -22,16 +21,7 @@ from chat.paths import interleaved
 from chat.show import thumbnail
 from chat.state import Chat
 
-
-@pytest.fixture(scope="module")
-def model(tiny_clip: Path, tiny_llama: Path) -> Assembled:
-    towers = {"vision": {"name": str(tiny_clip)}, "language": {"name": str(tiny_llama)}}
-    return build(recipe_from({"output": "nowhere", **towers}))
-
-
-@pytest.fixture
-def chat(model: Assembled) -> Chat:
-    return Chat(Session(model), Settings(max_new_tokens=4))
+pytest_plugins = ["talking"]
 
 
 @pytest.fixture

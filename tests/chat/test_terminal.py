@@ -2,17 +2,16 @@
 
 import io
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pexpect
 import pytest
 import torch
-from conftest import tiny_language
 from PIL import Image
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import CompleteEvent
@@ -21,10 +20,8 @@ from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import create_pipe_input
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bridges.checkpoint import Assembled, build, load, save_checkpoint
-from bridges.config import recipe_from
+from bridges.checkpoint import Assembled, load
 from bridges.data.conversation import Turn
 from bridges.data.pictures import open_picture
 from bridges.data.template import IMAGE_MARK
@@ -37,42 +34,11 @@ from chat.keyboard import Completions, history, typed
 from chat.state import Chat
 from chat.terminal import answer, run, talk
 
+pytest_plugins = ["talking"]
+
 ROOT = Path(__file__).parents[2]
+SaidBy = Callable[[list[list[str | Path]], int], list[str]]
 PROMPT = re.escape("\x1b[?2004h")  # bracketed paste is switched on where a line may be typed
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that never ends an answer by itself and says nothing but plain ASCII."""
-    folder = tmp_path_factory.mktemp("chat")
-    language = tiny_language("llama", folder / "llm")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(language), AutoTokenizer.from_pretrained(language)
-    words = [tokenizer.decode([i]) for i in range(len(tokenizer))]
-    mute = [not (w.isascii() and w.isprintable()) or i in tokenizer.all_special_ids for i, w in enumerate(words)]
-    with torch.no_grad():
-        model.lm_head.weight[torch.tensor(mute)] = 0
-    model.config.max_position_embeddings = 2048
-    model.save_pretrained(language)
-    recipe = recipe_from(
-        {"output": str(folder / "run"), "vision": {"name": str(tiny_clip)}, "language": {"name": str(language)}}
-    )
-    save_checkpoint(folder / "run", build(recipe))
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def picture_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("pictures")
-    paths = [folder / "red cat.png", folder / "blue.png"]
-    for path in paths:
-        Image.effect_noise((64, 48), 90).convert("RGB").save(path)
-    return paths
-
-
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    terminal = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(tmp_path)}
-    return {**os.environ, **terminal, "OMP_NUM_THREADS": "1"}  # for tensors this small
 
 
 @pytest.fixture
@@ -96,22 +62,18 @@ class Says(Settings):
         return vars(self)["choose"]
 
 
-def said_by(checkpoint: Path, messages: list[list[str | Path]], max_new_tokens: int) -> list[str]:
-    """The answers that a session gives; paths are pictures."""
-    session = Session(load(checkpoint))
-    said = []
-    for message in messages:
-        session.append(Turn("user", [open_picture(part) if isinstance(part, Path) else part for part in message]))
-        said.append("".join(session.stream(max_new_tokens)))
-    return said
-
-
-def test_a_talk_at_a_terminal(checkpoint: Path, picture_files: list[Path], environment: dict[str, str]) -> None:
-    [first] = said_by(checkpoint, [[picture_files[0], "Hello"]], 500)
-    arguments = ["-m", "chat", str(checkpoint), "--max_new_tokens", "500"]
-    terminal = pexpect.spawn(
+def started(checkpoint: Path, environment: dict[str, str], max_new_tokens: int) -> "pexpect.spawn[str]":
+    arguments = ["-m", "chat", str(checkpoint), "--max_new_tokens", str(max_new_tokens)]
+    return pexpect.spawn(
         sys.executable, arguments, cwd=ROOT, env=environment, encoding="utf-8", timeout=120, dimensions=(40, 500)
     )
+
+
+def test_a_talk_at_a_terminal(
+    checkpoint: Path, said_by: SaidBy, picture_files: list[Path], environment: dict[str, str]
+) -> None:
+    [first] = said_by([[picture_files[0], "Hello"]], 500)
+    terminal = started(checkpoint, environment, 500)
 
     def see(*patterns: str) -> str:
         for pattern in patterns:
@@ -154,10 +116,7 @@ def test_a_talk_at_a_terminal(checkpoint: Path, picture_files: list[Path], envir
 def test_every_command_of_help_does_its_work_at_a_terminal(
     checkpoint: Path, picture_files: list[Path], environment: dict[str, str], tmp_path: Path
 ) -> None:
-    arguments = ["-m", "chat", str(checkpoint), "--max_new_tokens", "6"]
-    terminal = pexpect.spawn(
-        sys.executable, arguments, cwd=ROOT, env=environment, encoding="utf-8", timeout=120, dimensions=(40, 500)
-    )
+    terminal = started(checkpoint, environment, 6)
     terminal.expect(PROMPT)
     red, blue = picture_files
     steps = [
@@ -209,7 +168,7 @@ def test_every_command_of_help_does_its_work_at_a_terminal(
 
 
 def test_a_pipe_of_three_turns_with_two_pictures_gives_three_answers_and_nothing_else(
-    checkpoint: Path, picture_files: list[Path], environment: dict[str, str]
+    checkpoint: Path, said_by: SaidBy, picture_files: list[Path], environment: dict[str, str]
 ) -> None:
     red, blue = picture_files
     lines = f"/image '{red}'\nWhat is it?\n\n/nonsense\nAnd \udcff?\n/image {blue}\r\nWhich is larger?"
@@ -219,7 +178,7 @@ def test_a_pipe_of_three_turns_with_two_pictures_gives_three_answers_and_nothing
         arguments, input=given, check=False, capture_output=True, cwd=ROOT, env=environment, timeout=240
     )
     messages: list[list[str | Path]] = [[red, "What is it?"], ["And �?"], [blue, "Which is larger?"]]
-    assert ran.stdout.decode().splitlines() == said_by(checkpoint, messages, 12)
+    assert ran.stdout.decode().splitlines() == said_by(messages, 12)
     assert ran.returncode == 0
     notices = ran.stderr.decode().splitlines()
     assert [line.split("; ")[0].split(": ")[0] for line in notices] == [

@@ -10,19 +10,24 @@ from conftest import randomise, tiny_language
 from PIL import Image
 from torch import Tensor
 
-from bridges.checkpoint import Assembled, build
-from bridges.config import Recipe
+from bridges import adapter
+from bridges.base import bridge_names
+from bridges.checkpoint import Assembled, build, load, save_checkpoint
+from bridges.config import Lora, Recipe
 from bridges.data.conversation import Turn
 from bridges.data.template import IMAGE_MARK, Template
 from bridges.inference.decoding import answers, cut, greedy, held
 from bridges.inference.session import Session
 from bridges.inference.settings import Settings, changed
+from bridges.towers.quantized import Bits
 
 LATENTS: dict[str, Any] = {"latents": 5, "depth": 1}
 FUSED: dict[str, Any] = {**LATENTS, "resampler_heads": 2, "resampler_head_dim": 8, "heads": 2, "head_dim": 8}
+QUERIES: dict[str, Any] = {"queries": 5, "layers": 2, "width": 32, "heads": 4}
 BRIDGES: list[dict[str, Any]] = [
     {"name": "projector", "depth": 2},
-    {"name": "qformer", "queries": 5, "layers": 2, "width": 32, "heads": 4},
+    {"name": "qformer", **QUERIES},
+    {"name": "qformer", **QUERIES, "reads": "instructions"},
     {"name": "resampler", **LATENTS, "heads": 2, "head_dim": 8},
     {"name": "flamingo", **FUSED},
     {"name": "flamingo", **FUSED, "sees": "all", "tag": "learnt"},
@@ -47,10 +52,15 @@ def assembled(assembled: Assembled) -> Assembled:
     return speaks_words(assembled)
 
 
-@pytest.fixture(params=BRIDGES, ids=lambda options: "-".join(map(str, [options["name"], *list(options.values())[6:]])))
-def model(request: pytest.FixtureRequest, built: Assembled) -> Assembled:
+def described(options: dict[str, Any]) -> str:
+    return "-".join(str(value) for key, value in options.items() if key in ("name", "reads", "sees", "tag"))
+
+
+@pytest.fixture(params=BRIDGES, ids=described)
+def model(request: pytest.FixtureRequest, built: Assembled, tiny_bert_folder: Path) -> Assembled:
     """Every weight of the bridge counts; the gates of Flamingo's are open."""
-    assembled = build(replace(built.recipe, bridge=request.param))
+    words = {"words": str(tiny_bert_folder)} if "reads" in request.param else {}
+    assembled = build(replace(built.recipe, bridge={**request.param, **words}))
     randomise(assembled.model.bridge)
     with torch.no_grad():
         for name, parameter in assembled.model.bridge.named_parameters():
@@ -70,6 +80,10 @@ def afresh(session: Session, turns: list[Turn], longest: int = LONG) -> str:
 
 def encoded(session: Session) -> int:
     return session.looker.features.encoded
+
+
+def test_no_bridge_is_left_out() -> None:
+    assert {options["name"] for options in BRIDGES} == set(bridge_names())
 
 
 def test_eight_turns_with_undo_retry_and_fork_say_what_the_whole_history_says(
@@ -100,6 +114,28 @@ def test_eight_turns_with_undo_retry_and_fork_say_what_the_whole_history_says(
     assert len(session.turns) == 16
     assert encoded(session) == 3
     assert max(cost[3], cost[5], cost[6], cost[7]) < 40, "a turn costs what is new in it"
+
+
+@pytest.mark.parametrize(
+    ("lora", "bits"), [(Lora(rank=4, alpha=8), None), (None, "int8"), (None, "nf4")], ids=["lora", "int8", "nf4"]
+)
+def test_so_it_is_with_an_adapter_and_with_a_quantized_language_model(
+    lora: Lora | None, bits: Bits | None, recipe: Recipe, pictures: list[Image.Image]
+) -> None:
+    recipe.lora, recipe.language.quantize = lora, bits
+    trained = build(recipe)
+    with torch.no_grad():
+        for parameter in adapter.parameters(trained.model.language):
+            parameter.normal_(0, 0.2)
+    save_checkpoint(Path(recipe.output), trained)
+    session = Session(speaks_words(load(recipe.output)))
+    language = session.assembled.model.language
+    assert (bool(language.adapters), bool(language.quantized)) == (bool(lora), bool(bits))
+    told(session, Turn("user", [pictures[0], "What is it?"]))
+    for question in (Turn("user", ["And now?"]), Turn("user", [pictures[1], "Or this?"])):
+        expected = afresh(session, [*session.turns, question])
+        assert told(session, question) == expected
+        assert session.spent.kept > session.spent.read / 2
 
 
 def test_the_logits_are_the_same_too(model: Assembled, pictures: list[Image.Image]) -> None:

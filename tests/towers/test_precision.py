@@ -1,4 +1,5 @@
 import time
+from copy import deepcopy
 
 import pytest
 import torch
@@ -63,3 +64,20 @@ def test_without_a_device_it_is_this_machines(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     assert fastest_dtype() is torch.float16
+
+
+def test_weights_for_few_tokens_lie_by_column_and_are_the_same(built):
+    model = deepcopy(built.model.language.model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.arange(3, 20)[None]
+    expected = model(ids).logits
+    precision.for_few_tokens(model)
+    laid = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "head" not in n]
+    assert len(laid) == 14
+    assert all(p.t().is_contiguous() for p in laid)
+    assert model.get_output_embeddings().weight.is_contiguous()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    places = [p.data_ptr() for p in laid]
+    precision.for_few_tokens(model)
+    assert [p.data_ptr() for p in laid] == places, "a second time nothing is moved"
