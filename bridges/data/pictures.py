@@ -33,7 +33,8 @@ def open_picture(source: Path | str | bytes | Image.Image, most: int = MAX_PIXEL
 
     Transparency lies on white. 16 bits are scaled to 8, not clipped. A strip more than `MAX_ASPECT` times as long as
     wide is shrunk to at most `STRIP_LENGTH` pixels and laid on white of just that aspect ratio.
-    Raises BrokenPicture: missing (the nearest name is given), empty, truncated, no picture, a folder, more than `most` pixels.
+    Raises BrokenPicture: missing (the nearest name is given), empty, truncated, no picture, a folder, more than `most`
+    pixels.
     """
     if isinstance(source, Image.Image):
         name = "the given Image"

@@ -57,7 +57,8 @@ class Tiler:
     def __init__(
         self, most: int, size: tuple[int, int], mode: ImageMode | None = None, mean: Sequence[float] = (0.5, 0.5, 0.5)
     ) -> None:
-        self.most, self.size, self.mode, self.mean = most, size, mode or "resize", mean
+        self.most, self.size, self.mean = most, size, mean
+        self.mode: ImageMode = mode or "resize"
         self._cut: dict[int, tuple[Callable[[], Image.Image | None], list[Image.Image]]] = {}
 
     def __call__(self, image: Image.Image) -> list[Image.Image]:
