@@ -335,7 +335,7 @@ def test_who_hangs_up_in_the_queue_is_not_answered(built: Assembled, tokens: lis
             time.sleep(0.05)
         list(long)
         streamed(client, [user("Short.")])
-    assert sorted(tokens)[-2] < 40, "neither of the two that were answered is as long as the one that was not"
+    assert max(tokens) < 40, "the one who hung up asked something longer"
 
 
 def test_a_failure_of_the_model_is_told_and_the_server_lives_on(built: Assembled, client: OpenAI) -> None:
