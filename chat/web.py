@@ -32,7 +32,7 @@ POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 """The browser loads nothing from elsewhere, whatever gradio's page or a model's words ask for"""
 LARGEST = "100mb"
 """Of an uploaded file"""
-CSS = 'button[aria-label="Share"] { display: none }  #cost { font-size: 0.85em; opacity: 0.7 }'
+CSS = '.message-buttons:has(button[aria-label="Share"]) { display: none }  #cost { font-size: 0.85em; opacity: 0.7 }'
 """Gradio's way to share a picture would send it to a hub."""
 
 
