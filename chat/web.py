@@ -13,6 +13,7 @@ from rich.console import Console
 
 try:
     import gradio as gr
+    from gradio.themes import Default
 except ImportError as error:
     raise ValueError("the web page needs gradio: pip install 'mm-bridges[web]'") from error
 from starlette.datastructures import MutableHeaders
@@ -31,7 +32,7 @@ POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 """The browser loads nothing from elsewhere, whatever gradio's page or a model's words ask for"""
 LARGEST = "100mb"
 """Of an uploaded file"""
-CSS = 'button[aria-label="Share"] { display: none }  #cost { font-size: 0.85em; opacity: 0.7 }'
+CSS = '.message-buttons:has(button[aria-label="Share"]) { display: none }  #cost { font-size: 0.85em; opacity: 0.7 }'
 """Gradio's way to share a picture would send it to a hub."""
 
 
@@ -74,7 +75,7 @@ def run(checkpoint: str, settings: Settings, system: str | None, host: str | Non
                 max_file_size=LARGEST,
                 app_kwargs={"middleware": [Middleware(OnlyFromHere)]},
                 css=CSS,
-                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+                theme=Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             )
         except OSError as error:
             raise ValueError(f"cannot serve the page: {error}; choose another --port, or --host") from error
@@ -106,11 +107,11 @@ def page(assembled: Assembled, settings: Settings, system: str) -> gr.Blocks:
                 for entry in fields(Settings):
                     knob: Any = gr.Textbox if entry.type is str else gr.Number
                     knobs.append(knob(getattr(settings, entry.name), label=entry.name, info=about[entry.name]))
-        shown, private = [talk, box, cost], {"api_visibility": "private"}
-        one: Any = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal", **private}
+        shown = [talk, box, cost]
+        one: Any = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
         box.submit(ask, [tab, box, *knobs], shown, **one)
         again.click(regenerate, [tab, *knobs], shown, **one)
         back.click(undo, [tab], shown, **one)
         talk.clear(clear, [tab], shown, **one)
-        stop.click(halt, [tab], queue=False, **private)
+        stop.click(halt, [tab], queue=False, api_visibility="private")
     return blocks
