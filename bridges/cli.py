@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 import docstring_parser
@@ -215,7 +216,7 @@ def train(recipe: str, overrides: list[str], resume: bool = False, engine: str |
     from bridges.training.loop import train
 
     read = read_recipe(recipe, overrides)
-    output = train(read, resume, engine)
+    output = quote(str(train(read, resume, engine)))
     use = "retrieve" if read.objectives else "chat"
     Console().print(f"done: bridges evaluate {output}   bridges {use} {output}", highlight=False)
 
@@ -230,7 +231,7 @@ def merge(checkpoint: str, output: str) -> None:
     from bridges.merge import merge
 
     folder = merge(checkpoint, output)
-    Console().print(f"done: {folder}   bridges chat {output}", highlight=False)
+    Console().print(f"done: {folder}   bridges chat {quote(output)}", highlight=False)
 
 
 def inspect(recipe: str, overrides: list[str], samples: int = 3, rows: int = 200, html: str = "inspect.html") -> None:

@@ -227,7 +227,7 @@ def recipe_from(given: dict[str, Any], overrides: Sequence[str] = (), source: st
     parser = recipe_parser()
     parser.add_argument("--config", action="config")  # so that what the YAML says has its types checked like an option
     try:
-        options = parser.parse_args([f"--config={json.dumps(given, default=str)}", *overrides])
+        options = parser.parse_args([f"--config={json.dumps(given, default=str, ensure_ascii=False)}", *overrides])
         found = parser.instantiate(options)
     except (ArgumentError, KeyError, TypeError) as error:
         raise ValueError(f"{source}: {explain(error, overrides)}") from error

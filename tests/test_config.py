@@ -174,3 +174,11 @@ def test_reading_a_recipe_needs_no_torch(file: Path):
     """Help and mistakes come at once."""
     code = f"import sys; from bridges.config import read_recipe; read_recipe({str(file)!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_of_any_kind_stay_as_they_are(tmp_path: Path) -> None:
+    names = {"output": "runs/a 'b' \"c\" 🐈 é 猫 #1: {x}", "data": {"source": "my pictures 🐈\\captions.csv"}}
+    recipe = recipe_from(names)
+    assert (recipe.output, recipe.data.source) == (names["output"], names["data"]["source"])
+    (tmp_path / "🐈.yaml").write_text(yaml.safe_dump(names, allow_unicode=True), encoding="utf-8")
+    assert read_recipe(tmp_path / "🐈.yaml") == recipe

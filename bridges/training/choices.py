@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import nan
 from typing import Any
 
 from torch import nn
@@ -33,11 +34,11 @@ def choices(recipe: Recipe, stage: Stage, found: Plan) -> Iterator[tuple[str, Pl
         built.template.tiler = None
     if not recipe.train.gradient_checkpointing and not built.model.language.has_encoder:
         built.model.language.checkpoint_gradients()
-        yield "train.gradient_checkpointing", plan_of(recipe, stage)
+        yield "gradient_checkpointing", plan_of(recipe, stage)
 
 
 def quantized(recipe: Recipe, built: Assembled, found: Plan) -> Iterator[tuple[str, Plan]]:
-    """The language model's linear layers in fewer bits: reckoned; what is computed takes what it took."""
+    """The language model's linear layers in fewer bits: reckoned, so nobody knows the time."""
     model: Any = built.model.language.model
     head = model.get_output_embeddings()
     layers = [m for m in model.modules() if type(m) is nn.Linear and m is not head and not m.weight.requires_grad]
@@ -46,7 +47,7 @@ def quantized(recipe: Recipe, built: Assembled, found: Plan) -> Iterator[tuple[s
     count, wide = sum(m.weight.numel() for m in layers), layers[0].weight.element_size()
     for name, size in BYTES.items():
         here, narrow = found.weights - count * (wide - size), found.narrow - count * (min(wide, 2) - size)
-        yield f"language.quantize {name}", replace(found, weights=here, narrow=narrow)
+        yield f"language.quantize {name}", replace(found, weights=here, narrow=narrow, seconds=nan)
 
 
 def crossed(recipe: Recipe, stage: Stage, built: Assembled) -> Iterator[tuple[str, Plan]]:

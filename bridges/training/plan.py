@@ -1,6 +1,7 @@
 """`bridges plan`: what a run takes, before it is paid for: parameters, memory, tokens, steps, time, and its choices."""
 
 import re
+from math import isnan
 
 from rich.console import Console
 from rich.table import Table
@@ -44,9 +45,8 @@ def plan(recipe: Recipe, gpu: str | None = None) -> None:
     shown = Table("choice", "trains", "positions", "here", "GPU, bfloat16", "time", box=None)
     for name, other in choices(recipe, stage, found):
         sizes = (gigabytes(p.memory(micro)) for p in (other, on_gpu(other)))
-        shown.add_row(
-            name, f"{other.trained:,}", f"{other.positions:.0f}", *sizes, f"{other.seconds / found.seconds:.2f}"
-        )
+        time = "–" if isnan(other.seconds) else f"{other.seconds / found.seconds:.2f}"
+        shown.add_row(name, f"{other.trained:,}", f"{other.positions:.0f}", *sizes, time)
     console.print(shown)
 
 

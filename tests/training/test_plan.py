@@ -96,11 +96,11 @@ def test_choices_say_what_they_cost(recipe: Recipe, tmp_path: Path) -> None:
     found = plan_of(recipe, stage)
     cost = dict(choices(recipe, stage, found))
     assert list(cost) == [
-        "as it is", "language.quantize int8", "language.quantize nf4", "vision.tiles 4", "train.gradient_checkpointing"
+        "as it is", "language.quantize int8", "language.quantize nf4", "vision.tiles 4", "gradient_checkpointing"
     ]  # fmt: skip
     assert cost["vision.tiles 4"].positions == pytest.approx(found.positions + 4 * found.slots)
     assert cost["vision.tiles 4"].each > 2 * found.each
-    assert cost["train.gradient_checkpointing"].each < 0.8 * found.each
+    assert cost["gradient_checkpointing"].each < 0.8 * found.each
     assert cost["language.quantize nf4"].weights < cost["language.quantize int8"].weights < found.weights
     recipe.language.quantize = "nf4"
     bits = plan_of(recipe)
