@@ -242,19 +242,43 @@ def doctor() -> None:
     doctor()
 
 
-def benchmark(what: Literal["chat"], checkpoint: str, rounds: int = 5, image: list[str] = []) -> None:
-    """Measure on this machine, side by side: chat: the fourth turn of a conversation, with what was read kept, or not.
+def benchmark(
+    what: Literal["chat", "train"],
+    subject: str,
+    rounds: int | None = None,
+    image: list[str] = [],
+    steps: int = 4,
+    texts: int = 1,
+    contestant: list[str] = [],
+    vision: str | None = None,
+    batch: int | None = None,
+    output: str | None = None,
+) -> None:
+    """Measure on this machine, side by side: chat: the fourth turn of a conversation, with what was read kept, or not;
+    train: steps of this toolkit and of transformers' Llava, Blip2 or Idefics under HF's Trainer.
 
     Args:
-        what: chat
-        checkpoint: folder that `bridges train` made
-        rounds: how often each way is timed
-        image: a picture of the conversation; give the option twice, or not at all
+        what: chat or train
+        subject: of chat the folder of a checkpoint; of train a recipe such as benchmark_llava, whose bridge decides
+            which peer there is
+        rounds: how often each way is timed; 5 of chat, 3 of train
+        image: chat: a picture of the conversation; give the option twice, or not at all
+        steps: train: how many of a round
+        texts: train: of every picture
+        contestant: train: tuned, default (both by default), trl, or ours without a technique, no-prefix, no-sharing,
+            no-lines, all-logits; give the option again for more
+        vision: train: another tower than the recipe's, or siglip-b: that shape with random weights
+        batch: train: pictures a step
+        output: train: a JSON file for all figures
     """
-    from bridges.benchmark.chat import chat
+    if what == "chat":
+        from bridges.benchmark.chat import chat
 
-    assert what == "chat"
-    chat(checkpoint, rounds, image)
+        chat(subject, rounds or 5, image)
+    else:
+        from bridges.benchmark.train import train
+
+        train(subject, rounds or 3, steps, texts, contestant, vision, batch, output)
 
 
 VERBS: dict[str, Callable[..., None]] = {
