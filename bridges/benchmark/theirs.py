@@ -119,7 +119,7 @@ def run(pipe: Connection, task: Task, name: str) -> None:
 
     gate = Gate(pipe)
     collate = Collator(vision, image_id, tagged=not bridge.num_slots)
-    trainer = trainer_of(name, model, steps, collate, gate, task)
+    trainer = trainer_of(name, model, steps, collate, gate, task, tokenizer)
     batch = collate(steps[:1])
     targets = int((batch["labels"] != IGNORE_INDEX).sum())
     loss = trainer.training_step(model, dict(batch), torch.tensor(targets))
@@ -129,8 +129,13 @@ def run(pipe: Connection, task: Task, name: str) -> None:
     trainer.train()
 
 
-def trainer_of(name: str, model: nn.Module, steps: Any, collate: Collator, gate: Gate, task: Task) -> Trainer:
-    """Trainer's own ways, but for the optimizer's numbers, which are the recipe's, and the order of the data."""
+def trainer_of(
+    name: str, model: nn.Module, steps: Any, collate: Collator, gate: Gate, task: Task, tokenizer: Any
+) -> Trainer:
+    """Trainer's own ways, but for the optimizer's numbers, which are the recipe's, and the order of the data.
+
+    TRL's SFTTrainer is given the same batches; its own preparation, and checkpointing of gradients, are off.
+    """
     settings = task.recipe.train
     arguments: dict[str, Any] = dict(
         output_dir=str(task.folder / name),
@@ -149,10 +154,16 @@ def trainer_of(name: str, model: nn.Module, steps: Any, collate: Collator, gate:
         report_to="none",
         disable_tqdm=True,
     )
+    given: dict[str, Any] = dict(train_dataset=steps, data_collator=collate, callbacks=[gate])
+    if name == "trl":
+        from trl import SFTConfig, SFTTrainer
+
+        skip = {"skip_prepare_dataset": True}
+        config = SFTConfig(**arguments, dataset_kwargs=skip, max_length=None, gradient_checkpointing=False)
+        sft: Any = led(SFTTrainer, gate)
+        return sft(model=model, args=config, processing_class=tokenizer, **given)
     kind: Any = led(Trainer, gate)
-    return kind(
-        model=model, args=TrainingArguments(**arguments), train_dataset=steps, data_collator=collate, callbacks=[gate]
-    )
+    return kind(model=model, args=TrainingArguments(**arguments), **given)
 
 
 def take(model: nn.Module, names: dict[str, str], weights: dict[str, Tensor]) -> None:
