@@ -76,8 +76,10 @@ def run(pipe: Connection, task: Task, name: str) -> None:
     open_gates(model.bridge)
     if name == "ours":
         save_file(model.bridge.state_dict(), task.folder / FIRST)
-    optimizer = torch.optim.AdamW(parameter_groups(model.bridge, settings), lr=settings.lr, betas=settings.betas)
-    engine = open_engine(open_accelerator(recipe), model, optimizer, None)
+    accelerator = open_accelerator(recipe)
+    groups, fused = parameter_groups(model.bridge, settings), accelerator.device.type == "cpu"
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)
+    engine = open_engine(accelerator, model, optimizer, None)
     steps = examples(task)
 
     def prepared(step: int) -> list[Share]:
