@@ -103,7 +103,7 @@ def blip2_of(
         cross_attention_frequency=next((i for i in range(1, len(layers)) if layers[i].cross is not None), len(layers)),
         encoder_hidden_size=vision.dim,
     )
-    encoder = Blip2VisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
+    encoder = Blip2VisionConfig(hidden_size=vision.dim, num_hidden_layers=1, num_attention_heads=1)
     config = Blip2Config(
         vision_config=encoder,
         qformer_config=sizes,

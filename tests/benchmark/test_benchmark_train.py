@@ -89,9 +89,10 @@ def test_a_peer_in_bfloat16_is_nearly_the_same(taken: Any, bridge: dict[str, Any
     assert 0 < distance(load_file(its.gradient), load_file(mine.gradient)) < 0.1
 
 
-def test_each_technique_off_computes_the_same(taken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bridge", [PROJECTOR, FLAMINGO], ids=lambda bridge: bridge["name"])
+def test_each_technique_off_computes_the_same(taken: Any, bridge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(splice, "LONGEST_LINE", splice.LONGEST_LINE)  # `no-lines` changes it, here for this test only
-    told = {name: taken(PROJECTOR, name, 3)[0] for name in OURS}
+    told = {name: taken(bridge, name, 3)[0] for name in OURS}
     compare([racer(name, ready) for name, ready in told.items()])
     assert told["no-sharing"].tokens > told["ours"].tokens
     assert len({ready.gradient for ready in told.values()}) == len(OURS)
