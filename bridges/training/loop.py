@@ -52,7 +52,7 @@ def train(recipe: Recipe, resume: bool = False, engine: str | None = None) -> Pa
     if recipe.lora is not None:
         beside = parameter_groups(nn.ModuleList(model.language.adapters), settings)
         groups, peaks = groups + beside, peaks + [recipe.lora.lr or settings.lr] * len(beside)
-    fused = accelerator.device.type == "cpu"  # a third of the time there; elsewhere it wants its count on the device
+    fused = zero is None and accelerator.device.type == "cpu"  # elsewhere it wants its counts on the device
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)
 
     with Display(stage.built, first, accelerator) as display, interruptible() as stop:
