@@ -4,7 +4,7 @@ import logging
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter, process_time
@@ -57,6 +57,20 @@ class Failed:
     """Why a contestant takes no part."""
 
     reason: str
+
+
+@dataclass
+class Racer:
+    """A contestant and what it has told so far."""
+
+    name: str
+    pipe: Connection
+    process: Any
+    told: Ready | None = None
+    apart: tuple[float, float] = (0.0, 0.0)
+    laps: list[Lap] = field(default_factory=list)
+    memory: int = 0
+    absent: str = ""
 
 
 def examples(task: Task) -> list[list[Example]]:

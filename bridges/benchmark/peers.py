@@ -6,7 +6,7 @@ every encoder, would keep all its hidden states, and have no pooling of patches.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from einops import repeat
@@ -35,14 +35,8 @@ from bridges.qformer import QFormer
 from bridges.towers.vision import VisionTower
 
 Build = Callable[[VisionTower, Any, Any, int], tuple[nn.Module, dict[str, str]]]
-
-
-class Peer(NamedTuple):
-    """A family of transformers: its name, and what builds it of towers, our bridge and the id of its image token; with
-    our tensor -> theirs for all that trains."""
-
-    name: str
-    build: Build
+"""Of towers, our bridge (its sizes) and the id of their image token: the model, and our tensor -> theirs for all that
+trains."""
 
 
 class Seen(nn.Module):
@@ -195,8 +189,4 @@ class Repeated(nn.Module):
         return repeat(self.inner(x), "b t (h c) -> b t (h r c)", c=self.head_dim, r=self.times)
 
 
-PEERS: dict[type, Peer] = {
-    Projector: Peer("Llava", llava_of),
-    QFormer: Peer("Blip2", blip2_of),
-    Flamingo: Peer("Idefics", idefics_of),
-}
+PEERS: dict[type, Build] = {Projector: llava_of, QFormer: blip2_of, Flamingo: idefics_of}

@@ -8,22 +8,19 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.table import Table
 
 from bridges import __version__
-from bridges.benchmark.contest import Task
+from bridges.benchmark.contest import Racer, Task
 from bridges.benchmark.ours import OURS
-
-if TYPE_CHECKING:
-    from bridges.benchmark.train import Racer
 
 PEERS = {"projector": "Llava", "qformer": "Blip2", "flamingo": "Idefics"}
 
 
-def what(racer: "Racer", task: Task) -> str:
+def what(racer: Racer, task: Task) -> str:
     """What a contestant is, in words."""
     if racer.name in OURS:
         return OURS[racer.name][0] or "this toolkit"
@@ -35,12 +32,12 @@ def what(racer: "Racer", task: Task) -> str:
     }[racer.name]
 
 
-def times_faster(first: "Racer", other: "Racer") -> list[float]:
+def times_faster(first: Racer, other: Racer) -> list[float]:
     """How often the first is done while the other is done once, round by round."""
     return [theirs.seconds / ours.seconds for ours, theirs in zip(first.laps, other.laps, strict=True)]
 
 
-def table(racers: Sequence["Racer"], task: Task, rounds: int, steps: int) -> Table:
+def table(racers: Sequence[Racer], task: Task, rounds: int, steps: int) -> Table:
     """A line each; figures are medians of the rounds, with the least and the most in brackets."""
     recipe = task.recipe
     told = racers[0].told
@@ -84,7 +81,7 @@ def machine() -> str:
     )
 
 
-def write(path: Path, racers: Sequence["Racer"], task: Task, rounds: int, steps: int, state: str) -> None:
+def write(path: Path, racers: Sequence[Racer], task: Task, rounds: int, steps: int, state: str) -> None:
     """Everything that was measured."""
     result: dict[str, Any] = {
         "machine": state,

@@ -114,7 +114,9 @@ def run(pipe: Connection, task: Task, name: str) -> None:
     template = Template(tokenizer, bridge.num_slots, recipe.language.template, recipe.language.system)
     steps = [texts_of(step, template, recipe.data.max_length) for step in examples(task)]
     image_id = unused(steps, language.config.vocab_size)
-    model, names = PEERS[type(bridge)].build(vision, language, bridge, image_id)
+    if type(bridge) not in PEERS:
+        raise ValueError(f"transformers has no model with the bridge {recipe.bridge['name']}")
+    model, names = PEERS[type(bridge)](vision, language, bridge, image_id)
     take(model, names, load_file(task.folder / FIRST))
 
     gate = Gate(pipe)

@@ -5,9 +5,8 @@ Every contestant has a process of its own; they take turns, A B A B, so that wha
 
 import multiprocessing
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.util import find_spec
-from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bridges.benchmark import ours, theirs
-from bridges.benchmark.contest import Failed, Lap, Ready, Task, take_part
+from bridges.benchmark.contest import Failed, Lap, Racer, Task, take_part
 from bridges.benchmark.shapes import SHAPES, shape
 from bridges.benchmark.standings import machine, table, write
 from bridges.config import Recipe, read_recipe
@@ -27,20 +26,6 @@ EXACT, ROUGH = (1e-4, 1e-4), (2e-2, 0.25)
 round a gradient by a tenth and more (measured: 0.13, of a model that in fp32 is within 1e-5), which the table tells."""
 WARM = 1
 USUAL = ["tuned", "default"]
-
-
-@dataclass
-class Racer:
-    """A contestant and what it has told so far."""
-
-    name: str
-    pipe: Connection
-    process: Any
-    told: Ready | None = None
-    apart: tuple[float, float] = (0.0, 0.0)
-    laps: list[Lap] = field(default_factory=list)
-    memory: int = 0
-    absent: str = ""
 
 
 def train(

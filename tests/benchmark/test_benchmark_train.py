@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from bridges import model as splice
 from bridges.benchmark import ours, theirs
 from bridges.benchmark import train as contest
-from bridges.benchmark.contest import FIRST, Lap, Ready, Task
+from bridges.benchmark.contest import FIRST, Lap, Racer, Ready, Task
 from bridges.benchmark.ours import OURS
-from bridges.benchmark.train import Racer, compare, distance
+from bridges.benchmark.train import compare, distance
 from bridges.cli import main
 from bridges.config import recipe_from
 
