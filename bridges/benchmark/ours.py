@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bridges import model as splice
 from bridges.benchmark.contest import FIRST, Clock, Task, examples, ready
+from bridges.checkpoint import Assembled
 from bridges.data.batch import Batch, collate, rows_of
 from bridges.data.conversation import Example
 from bridges.data.template import IGNORE_INDEX
@@ -24,10 +25,12 @@ from bridges.training.zero import open_engine
 
 
 def without_prefix(stage: Stage) -> None:
-    stage.built.model.keeps_prefix = False
+    whole: Any = stage.built.model
+    whole.keeps_prefix = False
 
 
 def without_sharing(stage: Stage) -> None:
+    assert isinstance(stage.built, Assembled)
     model, template, recipe = stage.built
 
     def apart(examples: Sequence[Example]) -> Batch:

@@ -44,7 +44,8 @@ class Seen(nn.Module):
 
     def __init__(self, vision: VisionTower, dtype: torch.dtype, merged: Projector | None = None) -> None:
         super().__init__()
-        self.vision, self.dtype, self.post_layernorm = vision, dtype, nn.Identity()
+        self.vision, self.dtype = vision, dtype
+        self.post_layernorm: nn.Module = nn.Identity()
         self.how = (merged.merge, merged.factor) if merged is not None else None
 
     def forward(self, pixel_values: Float[Tensor, "n 3 y x"], **_: Any) -> BaseModelOutputWithPooling:
@@ -111,9 +112,9 @@ def blip2_of(
     tower.post_layernorm = nn.LayerNorm(vision.dim, eps=bridge.vision_norm.eps).to(language.dtype)
     whole: Any = theirs
     whole.vision_model, whole.language_model = tower, language
-    whole.qformer = Blip2QFormerModel(config.qformer_config)
+    whole.qformer = Blip2QFormerModel(whole.config.qformer_config)
     whole.query_tokens = nn.Parameter(torch.zeros(1, *bridge.queries.shape))
-    whole.language_projection = nn.Linear(*bridge.queries.shape[1:], language.config.hidden_size, dtype=language.dtype)
+    whole.language_projection = nn.Linear(sizes.hidden_size, language.config.hidden_size, dtype=language.dtype)
     exist = dict(theirs.named_parameters())
     return theirs, {ours: name for ours, name in blip2_names(len(layers), "blip-2").items() if name in exist}
 

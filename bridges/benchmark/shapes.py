@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "siglip-b": dict(
         hidden_size=768,
         intermediate_size=3072,

@@ -77,10 +77,10 @@ class Gate(TrainerCallback):
         self.clock = Clock()
         control.should_training_stop = not self.left
 
-    def on_train_begin(self, _args: Any, _state: Any, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         self.wait(control)
 
-    def on_step_end(self, _args: Any, _state: Any, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         self.clock.tick(self.loss, self.targets)
         self.left -= 1
         if not self.left:
@@ -158,7 +158,8 @@ def trainer_of(
     )
     given: dict[str, Any] = dict(train_dataset=steps, data_collator=collate, callbacks=[gate])
     if name == "trl":
-        from trl import SFTConfig, SFTTrainer
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
 
         skip = {"skip_prepare_dataset": True}
         config = SFTConfig(**arguments, dataset_kwargs=skip, max_length=None, gradient_checkpointing=False)

@@ -111,7 +111,7 @@ def race(task: Task, names: Sequence[str], rounds: int, steps: int) -> list[Race
 
 
 def start(task: Task, name: str) -> Racer:
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     run = ours.run if name in ours.OURS else theirs.run
     process = context.Process(target=take_part, args=(there, run, task, name), daemon=True)
