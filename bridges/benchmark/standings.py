@@ -97,7 +97,7 @@ def write(path: Path, racers: Sequence[Racer], task: Task, rounds: int, steps: i
                 "loss apart": racer.apart[0],
                 "gradient apart": racer.apart[1],
                 "peak bytes": racer.memory,
-                "times slower than ours": times_faster(racers[0], racer),
+                "times slower than ours": times_faster(racers[0], racer) if racer.laps else [],
                 "laps": [asdict(lap) for lap in racer.laps],
             }
             for racer in racers
