@@ -136,7 +136,7 @@ def trainer_of(
 ) -> Trainer:
     """Trainer's own ways, but for the optimizer's numbers, which are the recipe's, and the order of the data.
 
-    TRL's SFTTrainer is given the same batches; its own preparation, and checkpointing of gradients, are off.
+    TRL's SFTTrainer is given the same batches; off are its preparation, checkpointing of gradients, and bfloat16.
     """
     settings = task.recipe.train
     arguments: dict[str, Any] = dict(
@@ -162,7 +162,7 @@ def trainer_of(
         from trl.trainer.sft_trainer import SFTTrainer
 
         skip = {"skip_prepare_dataset": True}
-        config = SFTConfig(**arguments, dataset_kwargs=skip, max_length=None, gradient_checkpointing=False)
+        config = SFTConfig(**arguments, bf16=False, dataset_kwargs=skip, max_length=None, gradient_checkpointing=False)
         sft: Any = led(SFTTrainer, gate)
         return sft(model=model, args=config, processing_class=tokenizer, **given)
     kind: Any = led(Trainer, gate)
