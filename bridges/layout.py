@@ -10,6 +10,7 @@ from torch import Tensor
 
 PADDING = -1
 SHARED = 0
+EVERYONES = -2  # of no row, and seen by all that stand behind it in its line
 
 
 def attention_mask(
@@ -30,7 +31,8 @@ def attention_mask(
 
     Plain rows get the usual `b t` mask (1 = token, 0 = padding), others an additive `b 1 t t` one.
     `skip` leaves out the queries of as many first columns (their keys and values are cached).
-    `rows` says of which row a position is, where several stand end to end: they do not see each other.
+    `rows` says of which row a position is, where several stand end to end: they do not see each other, but all see
+    what is `EVERYONES`.
     """
     if rows is None and int(segments.max()) <= 1:
         return (segments != PADDING).long()
@@ -45,7 +47,10 @@ def visible(segments: Int[Tensor, "b t"], rows: Int[Tensor, "b t"] | None = None
     query, key = rearrange(segments, "b t -> b t 1"), rearrange(segments, "b t -> b 1 t")
     causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     sees = ((key == query) | (key == SHARED)) & causal
-    return sees if rows is None else sees & (rearrange(rows, "b t -> b t 1") == rearrange(rows, "b t -> b 1 t"))
+    if rows is None:
+        return sees
+    theirs = rearrange(rows, "b t -> b 1 t")
+    return sees & ((rearrange(rows, "b t -> b t 1") == theirs) | (theirs == EVERYONES))
 
 
 def needed(segments: Int[Tensor, "b t"], at: tuple[Int[Tensor, "s"], Int[Tensor, "s"]]) -> Bool[Tensor, "b t"]:
@@ -62,12 +67,12 @@ def needed(segments: Int[Tensor, "b t"], at: tuple[Int[Tensor, "s"], Int[Tensor,
     return (columns <= last) & (segments != PADDING)
 
 
-def in_lines(lengths: Sequence[int], dim: int) -> Int[Tensor, "l w"]:
+def in_lines(lengths: Sequence[int], dim: int, before: int = 0) -> Int[Tensor, "l w"]:
     """Rows of these lengths, laid end to end in as many lines (1, 2, 4, …) as cost least; -1 is padding.
 
     Every token pays for the layers, in proportion to their width, and for each place of its line in the attention:
-    as much as for a layer where the line is three times `dim` (measured). The longest rows are laid first, each in the
-    emptiest line.
+    as much as for a layer where the line is three times `dim` (measured). `before` more tokens will stand in front of
+    each line. The longest rows are laid first, each in the emptiest line.
     """
 
     def lay(count: int) -> list[list[int]]:
@@ -77,7 +82,7 @@ def in_lines(lengths: Sequence[int], dim: int) -> Int[Tensor, "l w"]:
         return lines
 
     def cost(lines: list[list[int]]) -> float:
-        width = max(len(line) for line in lines)
+        width = max(len(line) for line in lines) + before
         return len(lines) * width * (1 + width / (3 * dim))
 
     starts = [0, *accumulate(lengths)]

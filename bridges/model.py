@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from bridges.base import Bridge, Visual
-from bridges.layout import PADDING, SHARED, attention_mask, contiguous, in_lines, needed, visible
+from bridges.layout import EVERYONES, PADDING, SHARED, attention_mask, contiguous, in_lines, needed, visible
 from bridges.sight import Sight, check_looks, sight
 from bridges.towers.language import LanguageTower
 from bridges.towers.vision import VisionTower
@@ -60,12 +60,13 @@ class BridgedModel(nn.Module):
         slots, memory = self.see(pixel_values, features, asked)
         embeds = self.embed(input_ids, slots)
         check_looks(self.bridge, memory, looks)
-        shared = self._constant_prefix(input_ids, segments, positions, at)
+        common = self._common_text(input_ids, segments, positions, at, looks)
+        shared = common if self._prefix_is_constant() else 0
         kept = needed(segments, at)
-        kept[:, :shared] = False
+        kept[:, :common] = False
         short = segments.shape[1] <= LONGEST_LINE and self.language.shares(int(positions.max()) + 1)
         if short and kept.any() and not kept[:, shared:].all():
-            return self._read_in_lines(kept, embeds, input_ids, segments, positions, at, shared, memory, looks)
+            return self._read_in_lines(kept, embeds, input_ids, segments, positions, at, common, shared, memory, looks)
         cache = self._prefix_cache(input_ids[0, :shared], len(input_ids)) if shared else None
         return self._read(embeds, segments, positions, at, shared, cache, self.sight(memory, looks, segments))
 
@@ -77,20 +78,25 @@ class BridgedModel(nn.Module):
         segments: Int[Tensor, "b t"],
         positions: Int[Tensor, "b t"],
         at: tuple[Int[Tensor, "s"], Int[Tensor, "s"]],
+        common: int,
         cached: int,
         memory: Float[Tensor, "n m w"] | None,
         looks: Int[Tensor, "b t"] | None,
     ) -> Float[Tensor, "s vocab"]:
         """The language model over rows end to end in a few lines, so that little is padded: the same logits from fewer
-        tokens. Only positions that are `kept` are read."""
-        index = in_lines(kept.sum(1).tolist(), self.language.dim).to(kept.device)
+        tokens. Only positions that are `kept` are read, and the first `common` ones of all rows once: from a cache, or,
+        where they have a part in the gradient, at the beginning of each line."""
+        first = common - cached
+        index = in_lines(kept.sum(1).tolist(), self.language.dim, first).to(kept.device)
         index = torch.where(index < 0, index, kept.flatten().nonzero()[:, 0][index])  # of the kept -> of all positions
+        index = torch.cat([torch.arange(first, device=kept.device).expand(len(index), -1), index], dim=1)
         padding = index < 0
 
         def line(x: Tensor, fill: int) -> Tensor:
             return x.flatten(0, 1)[index].masked_fill(padding, fill)
 
         rows, texts = torch.where(padding, -1, index // kept.shape[1]), line(segments, PADDING)
+        rows[:, :first] = EVERYONES
         mask = attention_mask(texts, self.language.dtype, rows=rows)
         mask = F.pad(mask, (cached, 0))  # the cached prefix is everyone's
         place = torch.zeros(kept.numel(), dtype=torch.long, device=kept.device)
@@ -184,13 +190,28 @@ class BridgedModel(nn.Module):
     def _constant_prefix(
         self, input_ids: Tensor, segments: Tensor, positions: Tensor, at: tuple[Tensor, Tensor]
     ) -> int:
-        """How many first columns are the same text in every row, so that their keys and values are a constant."""
+        """How many first columns are the same text in every row, if their keys and values are a constant."""
+        return self._common_text(input_ids, segments, positions, at) if self._prefix_is_constant() else 0
+
+    def _prefix_is_constant(self) -> bool:
+        """Blocks and adapters train, and work on all text; and what is computed again would be cached again."""
         trains = self.bridge.blocks or (self.language.adapters and torch.is_grad_enabled())
-        if not self.keeps_prefix or trains or not self.language.shares(int(positions.max()) + 1):
-            return 0  # blocks and adapters train, and work on all text
-        if self.language.gradient_checkpointing:
-            return 0  # what is computed again would be cached again
+        return not trains and not self.language.gradient_checkpointing
+
+    def _common_text(
+        self,
+        input_ids: Tensor,
+        segments: Tensor,
+        positions: Tensor,
+        at: tuple[Tensor, Tensor],
+        looks: Tensor | None = None,
+    ) -> int:
+        """How many first columns are the same text in every row, before any picture and any of the positions `at`."""
+        if not self.keeps_prefix or not self.language.shares(int(positions.max()) + 1):
+            return 0
         same = (input_ids == input_ids[0]) & (input_ids != self.image_token_id) & (segments == SHARED)
+        if self.bridge.blocks and looks is not None:  # a picture's tag is words there
+            same &= looks == 0
         length = int(same.all(0).long().cumprod(0).sum())
         length = min([length, int(at[1].min())] if len(at[1]) else [length])
         return length if length < input_ids.shape[1] else 0

@@ -16,6 +16,7 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from bridges.data.template import IMAGE_TOKEN_ID
 from bridges.flamingo import Flamingo, GatedBlock
+from bridges.interop.idefics import names, spell
 from bridges.layout import visible
 from bridges.model import BridgedModel
 from bridges.resampler import Perceiver
@@ -28,29 +29,6 @@ DTYPES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 both_dtypes = pytest.mark.parametrize(("dtype", "atol"), DTYPES, ids=["fp64", "fp32"])
 norms_or_not = pytest.mark.parametrize("qk_norm", [False, True], ids=["", "qk_norm"])
 both_gates = pytest.mark.parametrize("gate", ["scalar", "vector"])
-# How IDEFICS names what is here: one pattern after another, on names without what stands before the module.
-SPELLINGS = [
-    (r"blocks\.(\d+)\.0\.", r"layers.\1.attention."),
-    (r"blocks\.(\d+)\.1\.", r"layers.\1."),
-    (r"attention\.context_layer_norm", "feature_norm"),
-    (r"attention\.latents_layer_norm", "latent_norm"),
-    (r"\bln\b", "feed_norm"),
-    (r"\bfc\b", "feed.0"),
-    (r"\bc_proj\b", "feed.2"),
-    (r"\bcross_attn\.", "attention."),
-    (r"\bq_proj", "query"),
-    (r"\bk_proj", "key"),
-    (r"\bv_proj", "value"),
-    (r"\bo_proj|\boutput_proj", "out"),
-    (r"\bq_layer_norm", "query_norm"),
-    (r"\bk_layer_norm", "key_norm"),
-    (r"\blayer_norm", "norm"),
-    (r"alpha_cross_attn", "attention_gate"),
-    (r"alpha_dense", "feed_gate"),
-    (r"input_layernorm", "norm"),
-    (r"post_attention_layernorm", "feed_norm"),
-    (r"mlp\.(\w+)_proj", r"feed.\1"),
-]
 
 
 def idefics(qk_norm: bool, gate: str = "scalar") -> IdeficsConfig:
@@ -96,12 +74,8 @@ def exact(model: nn.Module) -> nn.Module:
 
 def spelt(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Their tensors by our names."""
-    found = {}
-    for name, tensor in theirs.items():
-        for pattern, ours in SPELLINGS:
-            name = re.sub(pattern, ours, name)  # noqa: PLW2901
-        found[name] = tensor.flatten() if name.endswith("_gate") else tensor
-    return found
+    named = {spell(name): tensor for name, tensor in theirs.items()}
+    return {name: tensor.flatten() if name.endswith("_gate") else tensor for name, tensor in named.items()}
 
 
 def assert_same(mine: nn.Module, found: Tensor, theirs: Mapping[str, nn.Parameter], wanted: Tensor, atol: float):
@@ -223,14 +197,9 @@ def same_llama(theirs: Any, folder: Path) -> LanguageTower:
 
 
 def idefics_bridge(theirs: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of an IDEFICS that are neither Llama's nor the vision tower's; block m stands before layer m k."""
-    found = {}
-    for name, parameter in theirs.named_parameters():
-        if name.startswith("model.perceiver_resampler."):
-            found["perceiver." + name.removeprefix("model.perceiver_resampler.")] = parameter
-        elif block := re.match(r"model\.gated_cross_attn_layers\.(\d+)\.(.*)", name):
-            found[f"blocks.{int(block[1]) * EVERY}.{block[2]}"] = parameter
-    return found
+    """The parameters of an IDEFICS that are neither Llama's nor the vision tower's, by our names."""
+    found = names([name for name, _ in theirs.named_parameters()], EVERY)
+    return {ours: theirs.get_parameter(name) for ours, name in found.items()}
 
 
 # OpenFlamingo's equations, one picture, one token and one head at a time, on weights with its names.

@@ -127,6 +127,40 @@ def logits_of(model: BridgedModel, batch: Batch) -> Tensor:
     return model(batch.input_ids, batch.segments, batch.positions, at, batch.pixel_values, looks=batch.looks)
 
 
+@ways_of_seeing
+@pytest.mark.parametrize("pictures_first", [True, False])
+def test_what_all_rows_begin_with_is_read_once_in_a_line_and_learnt_alike(
+    vision: VisionTower,
+    llama: LanguageTower,
+    conversations: list[list[Turn]],
+    sees: Any,
+    pictures_first: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks train, so it is no constant; and rows that begin with a picture begin with the same words, its tag."""
+    model, template = fused(vision, llama, every=1, sees=sees)
+    template.system = "You are a helpful assistant."
+    turns = [conversations[0], *conversations[:1]] if pictures_first else conversations
+    batch = batch_of(model, [pack([template.encode(turn)]) for turn in turns])
+    read = []
+    model.language.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: read.append((args[0] if args else kwargs["hidden_states"]).shape[:2].numel()),
+        with_kwargs=True,
+    )
+    gradients = []
+    for keeps in (True, False):
+        monkeypatch.setattr(model, "keeps_prefix", keeps)
+        model.zero_grad()
+        language_loss(model, batch)[0].backward()
+        gradients.append({name: p.grad.clone() for name, p in model.bridge.named_parameters() if p.grad is not None})
+    assert read[0] < read[1]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(
+            gradient, gradients[1][name], atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
 def alone(model: BridgedModel, texts: Sequence[Encoded]) -> list[Tensor]:
     """The logits of each text in a batch of its own."""
     return [logits_of(model, batch_of(model, [pack([text])])) for text in texts]

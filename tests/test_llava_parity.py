@@ -10,6 +10,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from bridges.checkpoint import Assembled, build
 from bridges.data.batch import Row, collate
 from bridges.data.template import IGNORE_INDEX, IMAGE_TOKEN_ID
+from bridges.interop.llava import NAMES
 
 THEIR_IMAGE = 5  # in transformers the image token takes an id of the vocabulary, which no text below uses
 
@@ -30,9 +31,8 @@ def llava_of(assembled: Assembled, layer: int, strategy: str) -> LlavaForConditi
     inner.vision_tower.load_state_dict(vision.encoder.state_dict())
     inner.language_model.load_state_dict(language.model.model.state_dict())
     theirs.lm_head.load_state_dict(language.model.lm_head.state_dict())
-    first, _, last = bridge.layers
-    inner.multi_modal_projector.linear_1.load_state_dict(first.state_dict())
-    inner.multi_modal_projector.linear_2.load_state_dict(last.state_dict())
+    for ours, name in NAMES.items():
+        theirs.get_parameter(name).data.copy_(bridge.get_parameter(ours))
     return theirs
 
 

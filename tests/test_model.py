@@ -138,7 +138,7 @@ def test_a_constant_prefix_is_computed_once_and_changes_nothing(
     kept = model._prefix
     assert_same(with_prefix, learnt(model, rows))
     assert model._prefix is kept, "computed twice"
-    monkeypatch.setattr(model, "_constant_prefix", lambda *_: 0)
+    monkeypatch.setattr(model, "keeps_prefix", False)
     assert_same(with_prefix, learnt(model, rows))
 
 

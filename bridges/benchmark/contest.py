@@ -1,0 +1,129 @@
+"""What a contestant is given, what it tells, and how it is led; every one in a process of its own."""
+
+import logging
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bridges.config import Recipe
+from bridges.data.conversation import Example
+from bridges.data.pictures import SkipBroken
+from bridges.data.sources import open_split
+from bridges.training.feed import order
+
+FIRST = "bridge.safetensors"
+
+
+@dataclass(frozen=True)
+class Task:
+    """The recipe, `texts` of every picture, how many `steps` there may be, and a `folder` for the first weights."""
+
+    recipe: Recipe
+    texts: int
+    steps: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The first step's mean loss (nats a target), and where its gradient is: the bridge's, by our names."""
+
+    loss: float
+    targets: int
+    tokens: int
+    gradient: Path
+
+
+@dataclass(frozen=True)
+class Lap:
+    """Some steps: seconds a step on the wall and of all cores, targets a step, the last one's loss."""
+
+    seconds: float
+    cpu: float
+    targets: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why a contestant takes no part."""
+
+    reason: str
+
+
+@dataclass
+class Racer:
+    """A contestant and what it has told so far."""
+
+    name: str
+    pipe: Connection
+    process: Any
+    told: Ready | None = None
+    apart: tuple[float, float] = (0.0, 0.0)
+    laps: list[Lap] = field(default_factory=list)
+    memory: int = 0
+    absent: str = ""
+
+
+def examples(task: Task) -> list[list[Example]]:
+    """The pictures of every step with the first `texts` of their texts, in the order in which training takes them.
+
+    Raises ValueError for a picture with fewer.
+    """
+    recipe = task.recipe
+    data = recipe.data
+    if data.source == "scenes":  # as many captions as are asked for
+        data = replace(data, captions=task.texts, questions=0.0)
+    rows = SkipBroken(open_split(data, "train"))
+    steps = [order(step, recipe.train.batch, len(rows), recipe.train.seed) for step in range(task.steps)]
+    found = [[Example(rows[i].conversations[: task.texts]) for i in places] for places in steps]
+    fewest = min(len(example.conversations) for step in found for example in step)
+    if fewest < task.texts:
+        raise ValueError(f"{data.source} has a picture with {fewest} texts; ask for no more with --texts")
+    return found
+
+
+def ready(task: Task, name: str, loss: float, counted: tuple[int, int], gradient: dict[str, Tensor]) -> Ready:
+    """`counted`: targets, and tokens that were computed with, padding included."""
+    path = task.folder / f"{name}.safetensors"
+    save_file({key: tensor.detach().float().contiguous() for key, tensor in gradient.items()}, path)
+    return Ready(loss, *counted, path)
+
+
+class Clock:
+    """Of one lap."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu, self.targets, self.steps, self.loss = perf_counter(), process_time(), 0, 0, 0.0
+
+    def tick(self, loss: float, targets: int) -> None:
+        self.steps, self.loss, self.targets = self.steps + 1, loss, self.targets + targets
+
+    def lap(self) -> Lap:
+        wall, cpu = perf_counter() - self.wall, process_time() - self.cpu
+        return Lap(wall / self.steps, cpu / self.steps, self.targets / self.steps, self.loss)
+
+
+def peak_memory() -> int:
+    """Bytes that this process has had resident at most."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def take_part(pipe: Connection, run: Callable[..., Any], task: Task, name: str) -> None:
+    """The whole life of a contestant: `Ready` goes out; numbers of steps come in and laps go out, until 0 comes in;
+    then its peak of memory."""
+    logging.disable(logging.WARNING)
+    try:
+        run(pipe, task, name)
+        pipe.send(peak_memory())
+    except Exception as error:  # whatever a peer stumbles over is told, and never counted as slow
+        pipe.send(Failed(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))

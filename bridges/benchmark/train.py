@@ -1,0 +1,173 @@
+"""Training steps of this toolkit and of its peers side by side: first that they compute the same, then how fast.
+
+Every contestant has a process of its own; they take turns, A B A B, so that whatever else this machine does meets all.
+"""
+
+import multiprocessing
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bridges.benchmark import ours, theirs
+from bridges.benchmark.contest import Failed, Lap, Racer, Task, take_part
+from bridges.benchmark.shapes import SHAPES, shape
+from bridges.benchmark.standings import machine, table, write
+from bridges.config import Recipe, read_recipe
+
+EXACT, ROUGH = (1e-4, 1e-4), (2e-2, 0.25)
+"""How far first loss and gradient may be apart, relative to their size: in fp32, in bfloat16. Thirty layers in bfloat16
+round a gradient by a tenth and more (measured: 0.13, of a model that in fp32 is within 1e-5), which the table tells."""
+WARM = 1
+USUAL = ["tuned", "default"]
+
+
+def train(
+    recipe: str,
+    rounds: int = 3,
+    steps: int = 4,
+    texts: int = 1,
+    contestant: Sequence[str] = (),
+    vision: str | None = None,
+    batch: int | None = None,
+    json: str | None = None,
+    console: Console | None = None,
+) -> list[Racer]:
+    """Print, and return, how long the contestants take over the same steps, and what they need of memory.
+
+    Nothing is timed unless first loss and gradient are those of `ours`. Raises ValueError where they are not, and for
+    what cannot be compared.
+    """
+    chosen = list(contestant) or USUAL
+    known = [*ours.OURS, *theirs.DTYPES]
+    if wrong := [name for name in chosen if name not in known]:
+        raise ValueError(f"no contestant {wrong[0]!r}; there are {', '.join(known)}")
+    if rounds < 3:
+        raise ValueError(f"{rounds} rounds say little; take at least 3")
+    if min(steps, texts) < 1:
+        raise ValueError(f"{steps} steps a round, {texts} texts a picture: at least 1 of each")
+    read = read_recipe(recipe)
+    told = console or Console()
+    with TemporaryDirectory() as folder:
+        read = settled(read, vision, batch, Path(folder))
+        task = Task(read, texts, steps=WARM + 1 + rounds * steps, folder=Path(folder))
+        racers = race(task, ["ours", *(name for name in chosen if name != "ours")], rounds, steps)
+    state = machine()
+    told.print(table(racers, task, rounds, steps), state)
+    if json is not None:
+        write(Path(json), racers, task, rounds, steps, state)
+    return racers
+
+
+def settled(recipe: Recipe, vision: str | None, batch: int | None, folder: Path) -> Recipe:
+    """With another vision tower, or batch; one that only has a shape is made up in `folder`."""
+    if batch is not None:
+        recipe = replace(recipe, train=replace(recipe.train, batch=batch))
+    recipe = replace(recipe, output=str(folder / "run"), train=replace(recipe.train, micro_batch=None))
+    if vision in SHAPES:
+        maker = multiprocessing.get_context("spawn").Process(target=shape, args=(vision, folder / "vision"))
+        maker.start()  # apart, because a process that once was large passes its peak of memory on
+        maker.join()
+        vision = str(folder / "vision")
+    return recipe if vision is None else replace(recipe, vision=replace(recipe.vision, name=vision, layer=-1))
+
+
+def race(task: Task, names: Sequence[str], rounds: int, steps: int) -> list[Racer]:
+    """All contestants, those among them that take no part included. ValueError where one does not compute the same."""
+    absent = {name: "not installed" for name in names if name == "trl" and find_spec("trl") is None}
+    racers: list[Racer] = []
+    try:
+        racers.append(start(task, "ours"))
+        hear(racers[0])
+        if racers[0].absent:
+            raise ValueError(racers[0].absent)
+        racers += [start(task, name) for name in names[1:] if name not in absent]
+        for racer in racers[1:]:
+            hear(racer)
+        running = [racer for racer in racers if not racer.absent]
+        if running == racers[:1] and len(racers) > 1:
+            raise ValueError(f"{racers[1].name} takes no part: {racers[1].absent}")
+        compare(running)
+        for racer in running:
+            lap(racer, WARM)
+        for _ in range(rounds):
+            for racer in running:
+                racer.laps.append(lap(racer, steps))
+        for racer in running:
+            racer.pipe.send(0)
+            racer.memory = answer(racer)
+    finally:
+        for racer in racers:
+            racer.process.kill()
+            racer.process.join()
+    unheard = [Racer(name, racers[0].pipe, None, absent=why) for name, why in absent.items()]
+    return sorted(racers + unheard, key=lambda racer: names.index(racer.name))
+
+
+def start(task: Task, name: str) -> Racer:
+    context: Any = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    run = ours.run if name in ours.OURS else theirs.run
+    process = context.Process(target=take_part, args=(there, run, task, name), daemon=True)
+    process.start()
+    there.close()
+    return Racer(name, here, process)
+
+
+def hear(racer: Racer) -> None:
+    """Wait until it is ready, or out."""
+    told = answer(racer, strict=False)
+    if isinstance(told, Failed):
+        racer.absent = told.reason
+    else:
+        racer.told = told
+
+
+def answer(racer: Racer, strict: bool = True) -> Any:
+    """What it tells next. ValueError, if `strict`, where it has failed."""
+    try:
+        told = racer.pipe.recv()
+    except EOFError:
+        told = Failed("its process ended; was there too little memory?")
+    if strict and isinstance(told, Failed):
+        raise ValueError(f"{racer.name}: {told.reason}")
+    return told
+
+
+def lap(racer: Racer, steps: int) -> Lap:
+    racer.pipe.send(steps)
+    return answer(racer)
+
+
+def compare(racers: Sequence[Racer]) -> None:
+    """ValueError where a contestant's first step is not that of the first one."""
+    first = racers[0].told
+    assert first is not None
+    wanted = load_file(first.gradient)
+    for racer in racers:
+        assert racer.told is not None
+        loss = abs(racer.told.loss - first.loss)
+        gradient = distance(load_file(racer.told.gradient), wanted)
+        racer.apart = (loss, gradient)
+        most = ROUGH if racer.name == "default" else EXACT
+        alike = loss / abs(first.loss) <= most[0] and gradient <= most[1]
+        if not alike or racer.told.targets != first.targets:
+            raise ValueError(
+                f"{racer.name} does not compute the same, so nothing is timed: loss {racer.told.loss:.6f} beside "
+                f"{first.loss:.6f}, {racer.told.targets} targets beside {first.targets}, gradient off by "
+                f"{gradient:.1e} of its size (at most {most[1]:.0e})"
+            )
+
+
+def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Of two gradients, relative to the size of the second. Infinite where they are not of the same tensors."""
+    if found.keys() != wanted.keys():
+        return float("inf")
+    apart = sum(float((found[key] - wanted[key]).square().sum()) for key in wanted)
+    return (apart / sum(float(g.square().sum()) for g in wanted.values())) ** 0.5

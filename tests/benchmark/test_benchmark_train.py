@@ -1,0 +1,161 @@
+"""The benchmark of training: equal numbers first, for every peer; then a table. Tiny towers, real Trainers."""
+
+import json
+import shutil
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from bridges import model as splice
+from bridges.benchmark import ours, theirs
+from bridges.benchmark import train as contest
+from bridges.benchmark.contest import FIRST, Lap, Racer, Ready, Task
+from bridges.benchmark.ours import OURS
+from bridges.benchmark.train import compare, distance
+from bridges.cli import main
+from bridges.config import recipe_from
+
+PROJECTOR = {"name": "projector", "depth": 2, "merge": "average", "factor": 2}
+QFORMER = {"name": "qformer", "queries": 3, "layers": 3, "width": 16, "heads": 4, "dropout": 0.0}
+FLAMINGO: dict[str, Any] = dict(
+    name="flamingo", latents=3, depth=1, resampler_heads=2, resampler_head_dim=8, activation="relu"
+)
+FLAMINGO |= dict(every=1, heads=4, head_dim=8, inner=48, swiglu=True, norm="rms")
+
+
+def racer(name: str, told: Ready) -> Racer:
+    return Racer(name, Pipe()[0], None, told)
+
+
+@pytest.fixture
+def llama(tiny_llama: Path, tmp_path: Path) -> Path:
+    """Without the dropout that the Trainer wakes."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.0}))
+    return folder
+
+
+@pytest.fixture
+def given(tiny_clip: Path, llama: Path, tmp_path: Path) -> Any:
+    """A recipe with this bridge."""
+    return lambda bridge: {
+        "output": str(tmp_path / "run"),
+        "vision": {"name": str(tiny_clip)},
+        "language": {"name": str(llama)},
+        "bridge": bridge,
+        "data": {"source": "scenes", "size": 20},
+        "train": {"batch": 3},
+    }
+
+
+@pytest.fixture
+def taken(given: Any, tmp_path: Path) -> Any:
+    """What a contestant tells of its first step and of two laps of two steps, in this process."""
+
+    def part(bridge: dict[str, Any], name: str, texts: int = 2) -> tuple[Ready, list[Lap]]:
+        task = Task(recipe_from(given(bridge)), texts, 6, tmp_path)
+        here, there = Pipe()
+        for asked in (2, 2, 0):
+            here.send(asked)
+        (ours.run if name in OURS else theirs.run)(there, task, name)
+        return here.recv(), [here.recv(), here.recv()]
+
+    return part
+
+
+@pytest.mark.parametrize("bridge", [PROJECTOR, QFORMER, FLAMINGO], ids=lambda bridge: bridge["name"])
+def test_every_peer_takes_the_same_steps(taken: Any, bridge: dict[str, Any]) -> None:
+    (mine, my_laps), (its, its_laps) = taken(bridge, "ours"), taken(bridge, "tuned")
+    racers = [racer("ours", mine), racer("tuned", its)]
+    compare(racers)
+    assert racers[1].apart[0] < 1e-5
+    assert 0 < racers[1].apart[1] < 1e-4
+    assert len(my_laps) == len(its_laps) == 2
+    for ours_lap, their_lap in zip(my_laps, its_laps, strict=True):  # every step of the way, optimizer included
+        assert abs(ours_lap.loss - their_lap.loss) < 1e-3
+        assert ours_lap.targets == their_lap.targets
+        assert ours_lap.seconds > 0
+
+
+@pytest.mark.parametrize("bridge", [PROJECTOR, QFORMER, FLAMINGO], ids=lambda bridge: bridge["name"])
+def test_a_peer_in_bfloat16_is_nearly_the_same(taken: Any, bridge: dict[str, Any]) -> None:
+    (mine, _), (its, _) = taken(bridge, "ours"), taken(bridge, "default")
+    assert 0 < abs(mine.loss - its.loss) < 0.05
+    assert 0 < distance(load_file(its.gradient), load_file(mine.gradient)) < 0.1
+
+
+@pytest.mark.parametrize("bridge", [PROJECTOR, FLAMINGO], ids=lambda bridge: bridge["name"])
+def test_each_technique_off_computes_the_same(taken: Any, bridge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splice, "LONGEST_LINE", splice.LONGEST_LINE)  # `no-lines` changes it, here for this test only
+    told = {name: taken(bridge, name, 3)[0] for name in OURS}
+    compare([racer(name, ready) for name, ready in told.items()])
+    assert told["no-sharing"].tokens > told["ours"].tokens
+    assert len({ready.gradient for ready in told.values()}) == len(OURS)
+
+
+def test_other_weights_are_refused_before_anything_is_timed(taken: Any, tmp_path: Path) -> None:
+    mine, _ = taken(PROJECTOR, "ours")
+    weights = load_file(tmp_path / FIRST)
+    save_file(weights | {"layers.0.weight": weights["layers.0.weight"] * 1.01}, tmp_path / FIRST)
+    its, _ = taken(PROJECTOR, "tuned")
+    racers = [racer("ours", mine), racer("tuned", its)]
+    with pytest.raises(ValueError, match="tuned does not compute the same, so nothing is timed"):
+        compare(racers)
+
+
+@pytest.mark.parametrize(
+    ("bridge", "message"),
+    [
+        ({**PROJECTOR, "depth": 1}, "projector of depth 2"),
+        ({**QFORMER, "dropout": 0.1}, "dropout: 0.0"),
+        ({**FLAMINGO, "offset": 1}, "offset 0"),
+    ],
+)
+def test_what_transformers_cannot_be_is_told(taken: Any, bridge: dict[str, Any], message: str) -> None:
+    taken(bridge, "ours")
+    with pytest.raises(ValueError, match=message):
+        taken(bridge, "tuned")
+
+
+def test_the_command_prints_a_table_and_names_who_is_absent(
+    given: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contest, "find_spec", lambda name: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("COLUMNS", "250")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given(PROJECTOR)))
+    figures = tmp_path / "figures.json"
+    asked = ["--steps", "1", "--contestant", "trl", "--contestant", "tuned", "--output", str(figures)]
+    main(["benchmark", "train", str(tmp_path / "recipe.yaml"), *asked])
+    told = capsys.readouterr().out
+    assert "Llava + Trainer, tuned" in told
+    assert "SFTTrainer" in told
+    assert "takes no part: not installed" in told
+    assert "transformers 5" in told
+    kept = json.loads(figures.read_text())["contestants"]
+    assert len(kept["tuned"]["laps"]) == len(kept["ours"]["laps"]) == 3
+    assert kept["tuned"]["gradient apart"] < 1e-4
+    assert kept["ours"]["peak bytes"] > 1e8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--contestant", "nanovlm"], "no contestant 'nanovlm'"),
+        (["--rounds", "2"], "at least 3"),
+        (["--texts", "0"], "at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(
+    given: Any, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given(PROJECTOR)))
+    with pytest.raises(SystemExit) as stopped:
+        main(["benchmark", "train", str(tmp_path / "recipe.yaml"), *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
