@@ -156,17 +156,24 @@ def trainer_of(
         report_to="none",
         disable_tqdm=True,
     )
-    given: dict[str, Any] = dict(train_dataset=steps, data_collator=collate, callbacks=[gate])
-    if name == "trl":
-        from trl.trainer.sft_config import SFTConfig
-        from trl.trainer.sft_trainer import SFTTrainer
+    if name != "trl":
+        kind: Any = led(Trainer, gate)
+        settled = TrainingArguments(**arguments)
+        return kind(model=model, args=settled, train_dataset=steps, data_collator=collate, callbacks=[gate])
+    from datasets import Dataset
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
-        skip = {"skip_prepare_dataset": True}
-        config = SFTConfig(**arguments, bf16=False, dataset_kwargs=skip, max_length=None, gradient_checkpointing=False)
-        sft: Any = led(SFTTrainer, gate)
-        return sft(model=model, args=config, processing_class=tokenizer, **given)
-    kind: Any = led(Trainer, gate)
-    return kind(model=model, args=TrainingArguments(**arguments), **given)
+    off: dict[str, Any] = dict(bf16=False, max_length=None, gradient_checkpointing=False)
+    sft: Any = led(SFTTrainer, gate)
+    return sft(
+        model=model,
+        args=SFTConfig(**arguments, **off, dataset_kwargs={"skip_prepare_dataset": True}),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"step": list(range(len(steps)))}),  # it takes nothing else
+        data_collator=lambda rows: collate([steps[rows[0]["step"]]]),
+        callbacks=[gate],
+    )
 
 
 def take(model: nn.Module, names: dict[str, str], weights: dict[str, Tensor]) -> None:

@@ -82,6 +82,13 @@ def test_every_peer_takes_the_same_steps(taken: Any, bridge: dict[str, Any]) -> 
         assert ours_lap.seconds > 0
 
 
+def test_trl_takes_the_same_first_step(taken: Any) -> None:
+    pytest.importorskip("trl")
+    (mine, _), (its, laps) = taken(PROJECTOR, "ours"), taken(PROJECTOR, "trl")
+    compare([racer("ours", mine), racer("trl", its)])
+    assert len(laps) == 2
+
+
 @pytest.mark.parametrize("bridge", [PROJECTOR, QFORMER, FLAMINGO], ids=lambda bridge: bridge["name"])
 def test_a_peer_in_bfloat16_is_nearly_the_same(taken: Any, bridge: dict[str, Any]) -> None:
     (mine, _), (its, _) = taken(bridge, "ours"), taken(bridge, "default")
