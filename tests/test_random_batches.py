@@ -74,7 +74,7 @@ def learnt(model: Assembled, batches: list[Batch]) -> tuple[Tensor, Tensor]:
     return torch.cat(found), torch.cat(gradients).clone()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_every_way_to_compute_a_batch_has_the_same_losses_and_gradients(
     model: Assembled, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +94,7 @@ def test_every_way_to_compute_a_batch_has_the_same_losses_and_gradients(
     monkeypatch.setattr(model.model, "keeps_prefix", False)
     expected = learnt(model, [batch([row]) for row in plain])
     size = expected[1].abs().max().item()
-    assert size > 1e-3, "a gradient of no consequence"
+    assert size > 1e-3 or not any(row.images for row in plain), "a gradient of no consequence"
 
     ways = {"padded": [batch(plain)], "grouped": [batch(grouped)], "apart": [batch([row]) for row in grouped]}
     features = collate(grouped)

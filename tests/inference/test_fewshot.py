@@ -376,7 +376,7 @@ def test_in_several_lines_all_is_said_and_scored_as_in_one(
     read.clear()
     assert reader.complete(queries * 2, 12) == one[0] == FewShot(model, shots, reuse=False).complete(queries * 2, 12)
     assert read[0][0] > 1
-    assert len({len(text) for text in one[0]}) > 2
+    assert len({len(text) for text in one[0]}) > 1
     read.clear()
     torch.testing.assert_close(reader.score(queries * 2, LABELS).total, one[1], atol=1e-4, rtol=1e-4)
     assert read[0][0] > 1
