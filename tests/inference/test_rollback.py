@@ -44,7 +44,8 @@ def speaks_words(assembled: Assembled) -> Assembled:
     head = language.model.get_output_embeddings().weight
     with torch.no_grad():
         head[: len(may)][~torch.tensor(may)] = 0
-    return assembled._replace(template=Template(template.tokenizer, template.num_slots, "vicuna"))
+    vicuna = Template(template.tokenizer, template.num_slots, "vicuna", instructed=template.instructed)
+    return assembled._replace(template=vicuna)
 
 
 @pytest.fixture
