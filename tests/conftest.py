@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import string
 import subprocess
 import sys
@@ -44,6 +45,8 @@ from bridges.config import Recipe, recipe_from
 from bridges.data.batch import Batch
 from bridges.towers.language import LanguageTower
 
+# A shell that starts the tests in the background has them ignore Ctrl-C, and every process that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # for tensors this small a second thread costs several times what it saves
 
 SENTENCES = [

@@ -56,7 +56,10 @@ def address(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             yield f"http://127.0.0.1:{port}"
         finally:
             served.send_signal(signal.SIGINT)
-            served.wait(30)
+            try:
+                served.wait(30)
+            finally:
+                served.kill()
     assert served.returncode == 0, log.read_text()
     assert "Traceback" not in log.read_text()
     left = [path for path in folder.rglob("*") if path.is_file() and path != log]
