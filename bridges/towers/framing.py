@@ -25,7 +25,10 @@ def framed(image: Image.Image, mode: ImageMode | None, size: tuple[int, int], me
     short = min(image.width / x, image.height / y)
     if mode == "crop":
         return ImageOps.fit(image, (max(1, round(x * short)), max(1, round(y * short))), Image.Resampling.BICUBIC)
-    image = ImageOps.contain(image, (x, y), Image.Resampling.BICUBIC)
+    long = max(image.width / x, image.height / y)
+    image = image.resize(
+        (max(1, round(image.width / long)), max(1, round(image.height / long))), Image.Resampling.BICUBIC
+    )
     canvas = Image.new("RGB", (x, y), (round(255 * mean[0]), round(255 * mean[1]), round(255 * mean[2])))
     canvas.paste(image, ((x - image.width) // 2, (y - image.height) // 2))
     return canvas

@@ -26,7 +26,7 @@ def choices(recipe: Recipe, stage: Stage, found: Plan) -> Iterator[tuple[str, Pl
     yield from quantized(recipe, built, found)
     if built.model.bridge.blocks and "every" in recipe.bridge:
         yield from crossed(recipe, stage, built)
-    if recipe.vision.tiles is None and getattr(built.model.bridge, "sees", "all") == "all":
+    if recipe.vision.tiles is None and not (built.model.bridge.blocks and built.model.bridge.sees == "last"):
         built.model.vision.tile(TILES)
         built.template.tiler = built.model.vision.tiler
         yield f"vision.tiles {TILES}", plan_of(recipe, stage)

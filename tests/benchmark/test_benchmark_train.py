@@ -137,7 +137,7 @@ def test_the_command_prints_a_table_and_names_who_is_absent(
     monkeypatch.setenv("COLUMNS", "250")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given(PROJECTOR)))
     figures = tmp_path / "figures.json"
-    asked = ["--steps", "1", "--contestant", "trl", "--contestant", "tuned", "--output", str(figures)]
+    asked = ["--steps", "1", "--contestant", "trl", "--contestant", "tuned", "--json", str(figures)]
     main(["benchmark", "train", str(tmp_path / "recipe.yaml"), *asked])
     told = capsys.readouterr().out
     assert "Llava + Trainer, tuned" in told

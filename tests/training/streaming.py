@@ -9,13 +9,14 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bridges.config import Recipe, recipe_from
 from bridges.data.conversation import Example
 from bridges.training.feed import open_sources, prefetched
-from bridges.training.stage import Stage, open_stage
+from bridges.training.stage import open_stage
 
 
 def memory() -> dict[str, float]:
@@ -48,7 +49,7 @@ def stream(recipe: Recipe, first: int, out: Path, opened: list[int]) -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     marks = {first + (recipe.train.steps - first) * part // 100 for part in (10, 50, 100)}
     with out.with_name(f"{out.name}.{rank}").open("w") as file:
-        feed = prefetched(Stage(stage.built, batch, stage.loss, stage.held_out), sources, first, rank, ranks)
+        feed = prefetched(replace(stage, batch=batch), sources, first, rank, ranks)
         for step, shares in enumerate(feed, first + 1):
             said, tensors = shares[0].batches[0]
             assert len(tensors.pixel_values) == len(said)

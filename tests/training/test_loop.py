@@ -207,7 +207,7 @@ def test_the_best_checkpoint_by_a_chosen_figure_is_kept_also_over_a_resume(run: 
     other = captions.parent / "other.csv"
     other.write_text("path,caption\n" + "\n".join(f"pictures/{i}.png,9 8 7 6 5 4 3 2 1" for i in range(4)))
     run.data.validation = str(other)
-    run.train = replace(run.train, warmup=1, evaluate_every=1, save_every=1, keep=6, best="caption_nll")
+    run.train = replace(run.train, lr=0.1, warmup=1, evaluate_every=1, save_every=1, keep=6, best="caption_nll")
     stop_at(4, run.output)
     with pytest.raises(KeyboardInterrupt):
         train(run)
