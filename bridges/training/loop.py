@@ -52,8 +52,7 @@ def train(recipe: Recipe, resume: bool = False, engine: str | None = None) -> Pa
     accelerator.wait_for_everyone()
 
     with Display(stage.built, first, accelerator) as display, interruptible() as stop:
-        fused = accelerator.device.type == "cpu" and zero is None
-        run = open_engine(accelerator, model, adam(model, recipe, fused), zero)
+        run = open_engine(accelerator, model, adam(model, recipe), zero)
         if moments:
             run.set_moments(moments)
         step, stopped = take_steps(run, stage, sources, held, display, stop)
@@ -204,17 +203,14 @@ def learning_rate(step: int, settings: Train) -> float:
     return least + (settings.lr - least) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def adam(model: Any, recipe: Recipe, fused: bool) -> torch.optim.AdamW:
-    """AdamW on the bridge, and on the adapter at a rate of its own. Every group holds the `peak` of its rate.
-
-    `fused` is quicker on a CPU; on a GPU it wants its counts there, which a resumed run does not have.
-    """
+def adam(model: Any, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW on the bridge, and on the adapter at a rate of its own. Every group holds the `peak` of its rate."""
     settings = recipe.train
     groups = parameter_groups(model.bridge, settings)
     if recipe.lora is not None:
         own = replace(settings, lr=recipe.lora.lr or settings.lr)
         groups += parameter_groups(nn.ModuleList(model.language.adapters), own)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
 
 
 def parameter_groups(part: nn.Module, settings: Train) -> list[dict[str, Any]]:
