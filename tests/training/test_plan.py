@@ -38,7 +38,8 @@ def captions(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def taken(stage: Stage, recipe: Recipe, micro_batch: int) -> int:
-    """Bytes of tensors that a step of the loop holds at once, beyond what is there before it; the second step."""
+    """Bytes of tensors that a step of the loop holds at once, beyond what is there before it; the second step or a
+    later one: what others free meanwhile makes it look smaller."""
     data, built = open_split(recipe.data, "train"), stage.built
     places = range(0, recipe.train.batch, micro_batch)
     share = Share("all", 1.0, [stage.batch([data[i + j] for j in range(micro_batch)]) for i in places])
@@ -46,7 +47,7 @@ def taken(stage: Stage, recipe: Recipe, micro_batch: int) -> int:
     groups += parameter_groups(torch.nn.ModuleList(built.model.language.adapters), recipe.train)
     engine = Engine(Accelerator(), built.model.train(), torch.optim.AdamW(groups, lr=1e-3))
     train_step(engine, [share], 1.0, stage.loss)
-    return peak(lambda: train_step(engine, [share], 1.0, stage.loss))
+    return max(peak(lambda: train_step(engine, [share], 1.0, stage.loss)) for _ in range(3))
 
 
 @pytest.mark.parametrize("name", BRIDGES)
