@@ -57,7 +57,8 @@ def test_memory_is_within_fifteen_percent_of_a_step(recipe: Recipe, tmp_path: Pa
     if name == "lora":
         recipe.lora = Lora(rank=64)
     stage = open_stage(recipe)
-    found = plan_of(recipe, stage)
+    # the middle of three: threads of other tests may free tensors meanwhile
+    found = sorted((plan_of(recipe, stage) for _ in range(3)), key=lambda plan: plan.each)[1]
     always = frozen_bytes(stage.built, widest=8) + state_of(stage.built)
     for micro_batch in (16, 8):
         beyond = taken(stage, recipe, micro_batch)
