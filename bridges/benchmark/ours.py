@@ -19,7 +19,7 @@ from bridges.data.template import IGNORE_INDEX
 from bridges.layout import PADDING, predecessors
 from bridges.training.engine import open_accelerator
 from bridges.training.feed import Share
-from bridges.training.loop import backward, parameter_groups, train_step
+from bridges.training.loop import adam, backward, train_step
 from bridges.training.stage import Stage, language_stage
 from bridges.training.zero import open_engine
 
@@ -80,9 +80,7 @@ def run(pipe: Connection, task: Task, name: str) -> None:
     if name == "ours":
         save_file(model.bridge.state_dict(), task.folder / FIRST)
     accelerator = open_accelerator(recipe)
-    groups, fused = parameter_groups(model.bridge, settings), accelerator.device.type == "cpu"
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)
-    engine = open_engine(accelerator, model, optimizer, None)
+    engine = open_engine(accelerator, model, adam(model, recipe), None)
     steps = examples(task)
 
     def prepared(step: int) -> list[Share]:

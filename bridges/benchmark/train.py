@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bridges.benchmark import ours, theirs
 from bridges.benchmark.contest import Failed, Lap, Racer, Task, take_part
+from bridges.benchmark.rounds import enough
 from bridges.benchmark.shapes import SHAPES, shape
 from bridges.benchmark.standings import machine, table, write
 from bridges.config import Recipe, read_recipe
@@ -48,8 +49,7 @@ def train(
     known = [*ours.OURS, *theirs.DTYPES]
     if wrong := [name for name in chosen if name not in known]:
         raise ValueError(f"no contestant {wrong[0]!r}; there are {', '.join(known)}")
-    if rounds < 3:
-        raise ValueError(f"{rounds} rounds say little; take at least 3")
+    enough(rounds)
     if min(steps, texts) < 1:
         raise ValueError(f"{steps} steps a round, {texts} texts a picture: at least 1 of each")
     read = read_recipe(recipe)
