@@ -16,6 +16,7 @@ from rich.table import Table
 from bridges import __version__
 from bridges.benchmark.contest import Racer, Task
 from bridges.benchmark.ours import OURS
+from bridges.files import write
 
 PEERS = {"projector": "Llava", "qformer": "Blip2", "flamingo": "Idefics"}
 
@@ -81,7 +82,7 @@ def machine() -> str:
     )
 
 
-def write(path: Path, racers: Sequence[Racer], task: Task, rounds: int, steps: int, state: str) -> None:
+def write_standings(path: Path, racers: Sequence[Racer], task: Task, rounds: int, steps: int, state: str) -> None:
     """Everything that was measured."""
     result: dict[str, Any] = {
         "machine": state,
@@ -103,5 +104,4 @@ def write(path: Path, racers: Sequence[Racer], task: Task, rounds: int, steps: i
             for racer in racers
         },
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, default=str), encoding="utf-8")
+    write(path, json.dumps(result, indent=1, default=str).encode())

@@ -19,7 +19,7 @@ from bridges.benchmark import ours, theirs
 from bridges.benchmark.contest import Failed, Lap, Racer, Task, take_part
 from bridges.benchmark.rounds import enough
 from bridges.benchmark.shapes import SHAPES, shape
-from bridges.benchmark.standings import machine, table, write
+from bridges.benchmark.standings import machine, table, write_standings
 from bridges.config import Recipe, read_recipe
 
 EXACT, ROUGH = (1e-4, 1e-4), (2e-2, 0.25)
@@ -61,7 +61,7 @@ def train(
     state = machine()
     told.print(table(racers, task, rounds, steps), state)
     if json is not None:
-        write(Path(json), racers, task, rounds, steps, state)
+        write_standings(Path(json), racers, task, rounds, steps, state)
     return racers
 
 
