@@ -24,6 +24,7 @@ from bridges.model import BridgedModel
 from bridges.pairs import PairModel
 from bridges.towers.encoder_decoder import language_tower
 from bridges.towers.language import LanguageTower
+from bridges.towers.precision import fastest_device
 from bridges.towers.vision import VisionTower
 
 WEIGHTS, CONFIG, CARD = "bridge.safetensors", "config.yaml", "README.md"
@@ -197,6 +198,13 @@ def load(folder: str | Path) -> Assembled:
     built = build(recipe, fresh=False)
     fill(built, Path(folder))
     return built
+
+
+def load_on_fastest(folder: str | Path) -> Assembled:
+    """`load`, and the model is on this machine's accelerator where there is one."""
+    assembled = load(folder)
+    assembled.model.to(fastest_device())
+    return assembled
 
 
 def load_pairs(folder: str | Path) -> Paired:

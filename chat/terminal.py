@@ -73,16 +73,13 @@ def run(
 def load_chat(console: Console, checkpoint: str, settings: Settings) -> Chat:
     """The model, on the accelerator where there is one, while a spinner says what is loaded."""
     with console.status(Text(f"loading {checkpoint}")) as status:
-        import torch  # takes seconds: the spinner turns already
-
-        from bridges.checkpoint import load, read_config
+        # torch comes with them, which takes seconds: the spinner turns already
+        from bridges.checkpoint import load_on_fastest, read_config
         from bridges.inference.session import Session
 
         towers = read_config(Path(checkpoint))["towers"]
         status.update(Text(f"loading {checkpoint}: {towers['vision']['name']} and {towers['language']['name']}"))
-        assembled = load(checkpoint)
-        assembled.model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        return Chat(Session(assembled), settings)
+        return Chat(Session(load_on_fastest(checkpoint)), settings)
 
 
 def greet(chat: Chat, console: Console) -> None:

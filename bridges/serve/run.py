@@ -5,8 +5,6 @@ import socket
 from pathlib import Path
 from types import FrameType
 
-import torch
-
 
 def serve(
     checkpoint: str,
@@ -26,13 +24,12 @@ def serve(
         import uvicorn
     except ImportError as error:
         raise ValueError(f"bridges serve needs {error.name}: pip install 'mm-bridges[serve]'") from error
-    from bridges.checkpoint import load
+    from bridges.checkpoint import load_on_fastest
     from bridges.serve.app import Api
     from bridges.serve.engine import Engine
 
     opened = address(host, port)  # before the model is loaded, which takes long
-    assembled = load(checkpoint)
-    assembled.model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    assembled = load_on_fastest(checkpoint)
     name, engine = Path(checkpoint).resolve().name, Engine(assembled, sessions)
     where = f"[{host}]" if ":" in host else host
 
