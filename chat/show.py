@@ -10,7 +10,7 @@ from rich.style import Style
 from chat.state import Chat, name_of, words_of
 
 if TYPE_CHECKING:  # torch comes with it
-    from bridges.checkpoint import Assembled
+    from bridges.build import Assembled
 
 WHO = {"system": "system", "user": "you", "assistant": "model"}
 

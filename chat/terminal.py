@@ -74,8 +74,9 @@ def load_chat(console: Console, checkpoint: str, settings: Settings) -> Chat:
     """The model, on the accelerator where there is one, while a spinner says what is loaded."""
     with console.status(Text(f"loading {checkpoint}")) as status:
         # torch comes with them, which takes seconds: the spinner turns already
-        from bridges.checkpoint import load_on_fastest, read_config
+        from bridges.checkpoint import load_on_fastest
         from bridges.inference.session import Session
+        from bridges.saved import read_config
 
         towers = read_config(Path(checkpoint))["towers"]
         status.update(Text(f"loading {checkpoint}: {towers['vision']['name']} and {towers['language']['name']}"))

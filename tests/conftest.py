@@ -40,7 +40,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from bridges.checkpoint import Assembled, build, save_checkpoint
+from bridges.build import Assembled, build
+from bridges.checkpoint import save_checkpoint
 from bridges.config import Recipe, recipe_from
 from bridges.data.batch import Batch
 from bridges.towers.language import LanguageTower

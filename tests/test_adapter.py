@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bridges import adapter
-from bridges.checkpoint import CARD, Assembled, build, load, save_checkpoint, trained
+from bridges.build import Assembled, build, trained
+from bridges.checkpoint import CARD, load, save_checkpoint
 from bridges.config import Lora, Recipe, recipe_from
 from bridges.data.batch import Batch, collate, rows_of
 from bridges.data.conversation import Conversation, Example, Turn, ask

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from bridges.base import bridge_names
-from bridges.checkpoint import Assembled, build, build_bridge, load, save_checkpoint
+from bridges.build import Assembled, build, build_bridge
+from bridges.checkpoint import load, save_checkpoint
 from bridges.config import Recipe, read_recipe
 from bridges.data.batch import Batch, collate, rows_of
 from bridges.data.conversation import Conversation, Example, Turn, ask

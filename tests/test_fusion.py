@@ -21,7 +21,7 @@ from transformers import (
     MptConfig,
 )
 
-from bridges.checkpoint import Assembled, build
+from bridges.build import Assembled, build
 from bridges.data.batch import Batch, Row, collate, cut, pack
 from bridges.data.conversation import Turn, images_of
 from bridges.data.template import IMAGE_TOKEN_ID, Encoded, Template

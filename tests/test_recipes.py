@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bridges.checkpoint import build_bridge
+from bridges.build import build_bridge
 from bridges.config import read_recipe
 from bridges.data.template import TEMPLATES
 from bridges.objectives.pairs import PairObjective

@@ -16,7 +16,8 @@ from conftest import tiny_vision
 from PIL import Image
 
 from bridges import store
-from bridges.checkpoint import Assembled, build, plain
+from bridges.build import Assembled, build
+from bridges.checkpoint import plain
 from bridges.cli import main
 from bridges.config import Recipe
 from bridges.evaluation.run import evaluate

@@ -22,7 +22,7 @@ from transformers import (
 
 from bridges.benchmark.contest import FIRST, Clock, Task, examples, ready
 from bridges.benchmark.peers import PEERS
-from bridges.checkpoint import build_bridge, vision_tower
+from bridges.build import build_bridge, vision_tower
 from bridges.data.batch import shorten
 from bridges.data.conversation import Example
 from bridges.data.template import IGNORE_INDEX, IMAGE_TOKEN_ID, Template

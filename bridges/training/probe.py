@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from bridges.checkpoint import Assembled, Built, towers_of, trained
+from bridges.build import Assembled, Built, towers_of, trained
 from bridges.config import Recipe
 from bridges.data.batch import Batch
 from bridges.data.pictures import SkipBroken

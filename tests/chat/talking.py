@@ -13,7 +13,8 @@ from conftest import tiny_language
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bridges.checkpoint import Assembled, build, load, save_checkpoint
+from bridges.build import Assembled, build
+from bridges.checkpoint import load, save_checkpoint
 from bridges.config import recipe_from
 from bridges.data.conversation import Turn
 from bridges.data.pictures import open_picture

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bridges.checkpoint import build, save_checkpoint
+from bridges.build import build
+from bridges.checkpoint import save_checkpoint
 from bridges.data.conversation import Turn, images_of
 from bridges.data.formats import Rows
 from bridges.inference.session import Session

@@ -13,7 +13,8 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from bridges.checkpoint import Paired, build_pairs, load_pairs, save_checkpoint
+from bridges.build import Paired, build_pairs
+from bridges.checkpoint import load_pairs, save_checkpoint
 from bridges.config import recipe_from
 from bridges.data.sources import open_split
 from bridges.evaluation import pairs as measured

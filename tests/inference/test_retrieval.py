@@ -12,7 +12,8 @@ from conftest import randomise
 from PIL import Image
 from torch import Tensor
 
-from bridges.checkpoint import Paired, build_pairs, save_checkpoint
+from bridges.build import Paired, build_pairs
+from bridges.checkpoint import save_checkpoint
 from bridges.cli import main
 from bridges.config import recipe_from
 from bridges.data.pictures import open_picture

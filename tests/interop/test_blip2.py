@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from bridges.base import Bridge
-from bridges.checkpoint import build, build_bridge
+from bridges.build import build, build_bridge
 from bridges.config import recipe_from
 from bridges.data.batch import collate, rows_of
 from bridges.data.conversation import Example, ask

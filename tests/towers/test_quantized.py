@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from bridges import adapter
-from bridges.checkpoint import Assembled, build, load, save_checkpoint, trained
+from bridges.build import Assembled, build, trained
+from bridges.checkpoint import load, save_checkpoint
 from bridges.config import Lora, Recipe, recipe_from
 from bridges.data.batch import Batch
 from bridges.data.conversation import Example, ask

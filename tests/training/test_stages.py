@@ -14,7 +14,8 @@ import torch
 import yaml
 from PIL import Image
 
-from bridges.checkpoint import Assembled, Paired, build, load, load_pairs, save_checkpoint
+from bridges.build import Assembled, Paired, build
+from bridges.checkpoint import load, load_pairs, save_checkpoint
 from bridges.config import Recipe, read_recipe, recipe_from
 from bridges.data.batch import collate, rows_of
 from bridges.data.conversation import Example, Turn, ask
