@@ -88,7 +88,7 @@ def plan_of(recipe: Recipe, stage: Stage | None = None) -> Plan:
         update=update,
         batch=sum(d.batch or recipe.train.batch for d in (recipe.data, *recipe.also)),
         positions=int((batch.segments >= 0).sum()) / count if isinstance(batch, Batch) else float(batch.ids.shape[1]),
-        slots=getattr(model.bridge, "num_slots", 0),
+        slots=model.bridge.num_slots,
         targets=batch.num_targets / count,
         seconds=large[1] / PROBES[1] * recipe.train.batch,
     )
