@@ -15,7 +15,8 @@ from bridges.data.conversation import images_of
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split, told
 from bridges.evaluation.pairs import measure_pairs
-from bridges.evaluation.report import Shown, table_text, write_report
+from bridges.evaluation.report import Shown, write_report
+from bridges.evaluation.table import table_text
 from bridges.evaluation.tasks import Said, captions_of, listen, questions_of, tabulate
 from bridges.files import write
 from bridges.saved import recipe_of
