@@ -42,13 +42,8 @@ def run(
     """
     at_terminal = sys.stdin.isatty()
     to_reader = at_terminal and sys.stdout.isatty() and prompt is None
-    console = Console(
-        stderr=not to_reader,
-        force_terminal=None if at_terminal else False,
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    colours = None if at_terminal else False
+    console = Console(stderr=not to_reader, force_terminal=colours, markup=False, highlight=False, soft_wrap=True)
     cast(TextIOWrapper, sys.stdout).reconfigure(errors="replace")  # a terminal need not know every character
     pictures = [open_picture(path) for path in images]
     chat = load_chat(console, checkpoint, settings or Settings())
