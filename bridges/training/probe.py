@@ -21,7 +21,7 @@ from bridges.data.batch import Batch
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split
 from bridges.towers.language import LanguageTower
-from bridges.training.loop import parameter_groups
+from bridges.training.loop import adam
 from bridges.training.stage import Stage, open_stage
 
 PROBES = (2, 4)
@@ -144,10 +144,9 @@ def computing(stage: Stage, examples: Sequence[Any]) -> tuple[int, float]:
 
 def updating(built: Built) -> tuple[int, int]:
     """Bytes of the gradients, and of these with what AdamW makes beside them; no weight changes."""
-    groups = parameter_groups(built.model.bridge, built.recipe.train)
-    if isinstance(built, Assembled):
-        groups += parameter_groups(nn.ModuleList(built.model.language.adapters), built.recipe.train)
-    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    optimizer = adam(built.model, built.recipe)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     for parameter in trained(built):
         parameter.grad = torch.zeros_like(parameter)
     gradients = sum(p.numel() * p.element_size() for p in trained(built))
