@@ -24,7 +24,7 @@ from torch import Tensor
 from bridges.base import Bridge
 from bridges.build import Built
 from bridges.files import write
-from bridges.towers.bundled import cache_folder
+from bridges.towers.parcels import cache_folder
 from bridges.towers.vision import VisionTower
 
 Form = Literal["fp32", "fp16", "int8"]
