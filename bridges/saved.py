@@ -11,8 +11,9 @@ from torch import Tensor
 
 from bridges import adapter
 from bridges.base import Bridge
-from bridges.config import Recipe, recipe_from
+from bridges.config import Recipe
 from bridges.files import finish
+from bridges.recipe import recipe_from
 from bridges.towers.language import LanguageTower
 from bridges.towers.vision import VisionTower
 

@@ -174,7 +174,7 @@ def train(recipe: str, overrides: list[str], resume: bool = False, engine: str |
         engine: how processes share the work: ddp (the default), zero1, zero2, zero3, or a JSON of DeepSpeed; start them
             with torchrun or accelerate launch
     """
-    from bridges.config import read_recipe
+    from bridges.recipe import read_recipe
     from bridges.training.loop import train
 
     read = read_recipe(recipe, overrides)
@@ -205,7 +205,7 @@ def inspect(recipe: str, overrides: list[str], samples: int = 3, rows: int = 200
         rows: how many examples, from all over the data, to count over
         html: the page to write, with pictures
     """
-    from bridges.config import recipe_or_data
+    from bridges.recipe import recipe_or_data
     from bridges.training.inspection import inspect
 
     inspect(recipe_or_data(recipe, overrides), samples, rows, Path(html))
@@ -218,7 +218,7 @@ def plan(recipe: str, overrides: list[str], gpu: str | None = None) -> None:
         recipe: YAML file, or the name of one that comes with the library; or data alone, for the bundled towers
         gpu: memory of the GPU that is meant, such as 24GB
     """
-    from bridges.config import recipe_or_data
+    from bridges.recipe import recipe_or_data
     from bridges.training.plan import plan
 
     plan(recipe_or_data(recipe, overrides), gpu)
@@ -230,7 +230,7 @@ def cache(recipe: str, overrides: list[str]) -> None:
     Args:
         recipe: YAML file, or the name of one that comes with the library; with torchrun each process does its share
     """
-    from bridges.config import read_recipe
+    from bridges.recipe import read_recipe
     from bridges.training.ahead import encode_ahead
 
     encode_ahead(read_recipe(recipe, overrides))

@@ -11,11 +11,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from bridges.build import trained
-from bridges.config import Recipe, Train, read_recipe
+from bridges.config import Recipe, Train
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split, told
 from bridges.files import prepare_output
 from bridges.interrupt import Stop, interruptible
+from bridges.recipe import read_recipe
 from bridges.saved import CONFIG
 from bridges.training.display import Display
 from bridges.training.engine import Engine, open_accelerator, seed_step

@@ -21,8 +21,8 @@ from openai import OpenAI
 from PIL import Image
 
 from bridges.build import Assembled, build
-from bridges.config import recipe_from
 from bridges.data.conversation import Turn
+from bridges.recipe import recipe_from
 from bridges.serve import app, body
 
 

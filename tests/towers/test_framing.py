@@ -9,7 +9,8 @@ from PIL import Image
 
 from bridges.build import build
 from bridges.checkpoint import load, save_checkpoint
-from bridges.config import Recipe, recipe_from
+from bridges.config import Recipe
+from bridges.recipe import recipe_from
 from bridges.towers.framing import framed
 from bridges.towers.vision import VisionTower
 

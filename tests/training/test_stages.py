@@ -16,12 +16,13 @@ from PIL import Image
 
 from bridges.build import Assembled, Paired, build
 from bridges.checkpoint import load, load_pairs, save_checkpoint
-from bridges.config import Recipe, read_recipe, recipe_from
+from bridges.config import Recipe
 from bridges.data.batch import collate, rows_of
 from bridges.data.conversation import Example, Turn, ask
 from bridges.inference.decoding import answers
 from bridges.inference.session import Session
 from bridges.objectives.language import language_loss
+from bridges.recipe import read_recipe, recipe_from
 from bridges.training import loop
 from bridges.training.loop import train
 from bridges.training.stage import make_batch, open_stage
