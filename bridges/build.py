@@ -88,6 +88,8 @@ def build_pairs(recipe: Recipe, fresh: bool = True) -> Paired:
     """A frozen vision tower and a bridge that reads captions itself, for a recipe with `objectives`; as `build`."""
     if recipe.vision.tiles:
         raise ValueError("vision.tiles: a pair is one image and its caption; leave it out for objectives")
+    if recipe.lora is not None:
+        raise ValueError("lora: there is no language model to put it on; leave it out for objectives")
     vision = vision_tower(recipe)
     torch.manual_seed(recipe.train.seed)
     bridge = build_bridge(recipe.bridge, vision.dim, vision.num_patches, 0, 0)
