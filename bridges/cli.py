@@ -21,19 +21,18 @@ def parser() -> ArgumentParser:
     top.add_argument("--version", action="version", version=f"bridges {__version__}")
     verbs = top.add_subcommands(dest="verb", metavar="VERB", title="verbs", description=" ")
     for name, verb in VERBS.items():
-        doc = docstring_parser.parse(verb.__doc__ or "")
+        doc, parameters = docstring_parser.parse(verb.__doc__ or ""), signature(verb).parameters
         one = ArgumentParser(description=doc.short_description, exit_on_error=False)
-        if "overrides" in signature(verb).parameters:
+        if name in TAKE_OVERRIDES:
             one.usage = f"bridges {name} RECIPE [options] [--train.steps 100 --bridge.depth 2 …]"
-        several = [key for key, p in signature(verb).parameters.items() if p.default == []]
-        switches = [key for key, p in signature(verb).parameters.items() if p.default is False]
+        several = [key for key, p in parameters.items() if p.default == []]
+        switches = [key for key, p in parameters.items() if p.default is False]
         told = {p.arg_name: p.description for p in doc.params}
         for key in several:
             one.add_argument(f"--{key}", action="append", default=[], help=told[key])
         for key in switches:
             one.add_argument(f"--{key.replace('_', '-')}", action="store_true", help=told[key])
-        needed = [key for key, p in signature(verb).parameters.items() if p.default is p.empty]
-        required = [key for key in needed if key in ("prompt", "output")]
+        required = [key for key, p in parameters.items() if p.default is p.empty and key in ("prompt", "output")]
         by_hand: set[str | int] = {*several, *switches, "overrides", *required}
         one.add_function_arguments(verb, as_group=False, as_positional=True, skip=by_hand)
         for key in required:
@@ -70,8 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             arguments, overrides = split_overrides(arguments)
         options = parser().parse_args(arguments or ["--help"]).as_dict()
         verb = options["verb"]
-        given = {**options[verb], **({"overrides": overrides} if overrides or verb in TAKE_OVERRIDES else {})}
-        VERBS[verb](**given)
+        VERBS[verb](**options[verb], **({"overrides": overrides} if verb in TAKE_OVERRIDES else {}))
     except (ValueError, ArgumentError) as error:
         sys.exit(complain(error))
     except KeyboardInterrupt as error:

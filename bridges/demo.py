@@ -5,11 +5,11 @@ from pathlib import Path
 from rich.console import Console
 
 from bridges.checkpoint import load
-from bridges.config import read_recipe
 from bridges.data.conversation import images_of
 from bridges.data.scenes import Scenes
 from bridges.evaluation.run import evaluate
 from bridges.inference.decoding import answers
+from bridges.recipe import read_recipe
 from bridges.training.loop import train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from bridges import __version__
-from bridges.config import read_recipe
-from bridges.towers.bundled import cache_folder
+from bridges.recipe import read_recipe
+from bridges.towers.parcels import cache_folder
 from bridges.towers.precision import fastest_dtype, has_bfloat16_instructions, seconds
 
 ROOT = Path(__file__).parents[1]

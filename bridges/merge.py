@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 
 from bridges import adapter
-from bridges.checkpoint import CONFIG, build, fill, recipe_of, save_checkpoint
+from bridges.build import build
+from bridges.checkpoint import fill, save_checkpoint
 from bridges.files import prepare_output
+from bridges.saved import CONFIG, recipe_of
 from bridges.towers.bundled import quiet_transformers
 from bridges.towers.language import LanguageTower
 

@@ -22,9 +22,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from bridges.base import Bridge
-from bridges.checkpoint import Built
+from bridges.build import Built
 from bridges.files import write
-from bridges.towers.bundled import cache_folder
+from bridges.towers.parcels import cache_folder
 from bridges.towers.vision import VisionTower
 
 Form = Literal["fp32", "fp16", "int8"]

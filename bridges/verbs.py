@@ -1,4 +1,6 @@
-"""What the command can do: one function a verb, no logic. A verb imports torch when it runs, so help is quick."""
+"""What the command can do: one function a verb, no logic. A verb imports torch when it runs, so help is quick.
+
+Those of the rooms `serve` and `benchmark` are in there."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +8,9 @@ from shlex import quote
 from typing import Literal
 
 from rich.console import Console
+
+from bridges.benchmark.run import benchmark
+from bridges.serve.run import serve
 
 
 def demo(output: str = "runs/demo") -> None:
@@ -100,29 +105,6 @@ def chat(
     start(checkpoint, image, prompt, settings, system, json, web, host, port)
 
 
-def serve(
-    checkpoint: str,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    token: str | None = None,
-    sessions: int = 8,
-    remote_images: bool = False,
-) -> None:
-    """Answer over HTTP as OpenAI's API for chats does, so that its clients talk with a checkpoint about pictures.
-
-    Args:
-        checkpoint: folder that `bridges train` made, by whose name clients call the model
-        host: address to listen on; 0.0.0.0 lets other machines in
-        port: number of the port; 0 takes any that is free, and says which
-        token: what clients must send as their API key; by default nothing
-        sessions: conversations in memory at once: those being answered, in turns, and those kept for their next message
-        remote_images: fetch pictures from any http address that a client names, not only from the message itself
-    """
-    from bridges.serve.run import serve
-
-    serve(checkpoint, host, port, token, sessions, remote_images)
-
-
 def retrieve(
     checkpoint: str,
     images: str | None = None,
@@ -180,20 +162,7 @@ def fewshot(
     """
     from bridges.evaluation.fewshot import fewshot
 
-    fewshot(
-        checkpoint,
-        data=data,
-        task=task,
-        shots=shots,
-        choose=choose,
-        queries=queries,
-        seeds=seeds,
-        template=template,
-        kind=kind,
-        pool=pool,
-        text_shots=text_shots,
-        batch=batch,
-    )
+    fewshot(checkpoint, data, task, shots, choose, queries, seeds, template, kind, pool, text_shots, batch)
 
 
 def train(recipe: str, overrides: list[str], resume: bool = False, engine: str | None = None) -> None:
@@ -205,7 +174,7 @@ def train(recipe: str, overrides: list[str], resume: bool = False, engine: str |
         engine: how processes share the work: ddp (the default), zero1, zero2, zero3, or a JSON of DeepSpeed; start them
             with torchrun or accelerate launch
     """
-    from bridges.config import read_recipe
+    from bridges.recipe import read_recipe
     from bridges.training.loop import train
 
     read = read_recipe(recipe, overrides)
@@ -236,7 +205,7 @@ def inspect(recipe: str, overrides: list[str], samples: int = 3, rows: int = 200
         rows: how many examples, from all over the data, to count over
         html: the page to write, with pictures
     """
-    from bridges.config import recipe_or_data
+    from bridges.recipe import recipe_or_data
     from bridges.training.inspection import inspect
 
     inspect(recipe_or_data(recipe, overrides), samples, rows, Path(html))
@@ -249,7 +218,7 @@ def plan(recipe: str, overrides: list[str], gpu: str | None = None) -> None:
         recipe: YAML file, or the name of one that comes with the library; or data alone, for the bundled towers
         gpu: memory of the GPU that is meant, such as 24GB
     """
-    from bridges.config import recipe_or_data
+    from bridges.recipe import recipe_or_data
     from bridges.training.plan import plan
 
     plan(recipe_or_data(recipe, overrides), gpu)
@@ -261,7 +230,7 @@ def cache(recipe: str, overrides: list[str]) -> None:
     Args:
         recipe: YAML file, or the name of one that comes with the library; with torchrun each process does its share
     """
-    from bridges.config import read_recipe
+    from bridges.recipe import read_recipe
     from bridges.training.ahead import encode_ahead
 
     encode_ahead(read_recipe(recipe, overrides))
@@ -272,64 +241,6 @@ def doctor() -> None:
     from bridges.doctor import doctor
 
     doctor()
-
-
-def benchmark(
-    what: Literal["train", "chat", "fewshot", "score"],
-    subject: str,
-    rounds: int = 3,
-    steps: int = 4,
-    texts: int = 1,
-    contestant: list[str] = [],
-    vision: str | None = None,
-    batch: int | None = None,
-    image: list[str] = [],
-    task: Literal["caption", "vqa", "classify"] = "caption",
-    kind: str | None = None,
-    shots: int = 16,
-    queries: int = 32,
-    context: int = 120,
-    json: str | None = None,
-) -> None:
-    """Measure on this machine, side by side: training against its peers, and answers where what was read is kept.
-
-    Args:
-        what: train (against transformers' Llava, Blip2 or Idefics under HF's Trainer), chat (the fourth turn of a
-            conversation), fewshot (queries after demonstrations), or score (40 labels)
-        subject: of train a recipe such as benchmark_llava, whose bridge decides which peer there is; of the others the
-            folder of a checkpoint
-        rounds: how often each way is timed
-        steps: of train, how many in a round
-        texts: of train, of every picture
-        contestant: of train, tuned, default (both by default), trl, or ours without a technique, no-prefix, no-sharing,
-            no-lines, all-logits; give the option again for more
-        vision: of train, another tower than the recipe's, or siglip-b (that shape with random weights)
-        batch: of train, pictures a step
-        image: of chat, a picture of the conversation; give the option twice, or not at all
-        task: of fewshot, captions, questions (vqa), or labels by their likelihood (classify)
-        kind: of fewshot, kind of the questions, such as background
-        shots: of fewshot, how many demonstrations
-        queries: of fewshot, how many queries
-        context: of score, tokens before a label
-        json: file for the figures
-    """
-    if what == "train":
-        from bridges.benchmark.train import train
-
-        train(subject, rounds, steps, texts, contestant, vision, batch, json)
-        return
-    from bridges.benchmark.chat import chat
-    from bridges.benchmark.fewshot import fewshot
-    from bridges.benchmark.rounds import write_figures
-    from bridges.benchmark.score import score
-
-    if what == "chat":
-        found = chat(subject, rounds, image)
-    elif what == "fewshot":
-        found = fewshot(subject, rounds, task, kind, shots, queries)
-    else:
-        found = score(subject, rounds, context)
-    write_figures(json, what, subject, found)
 
 
 VERBS: dict[str, Callable[..., None]] = {

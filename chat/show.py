@@ -10,7 +10,7 @@ from rich.style import Style
 from chat.state import Chat, name_of, words_of
 
 if TYPE_CHECKING:  # torch comes with it
-    from bridges.checkpoint import Assembled
+    from bridges.build import Assembled
 
 WHO = {"system": "system", "user": "you", "assistant": "model"}
 
@@ -55,8 +55,8 @@ def stats(chat: Chat, _: str) -> str:
     return "\n".join(
         [
             f"first token after {spent.first:.2f} s, then {per_second(chat):.1f} tokens a second, {spent.said} in all",
-            f"prompt: {spent.read} tokens were read, {spent.kept} were known",
-            f"pictures: {spent.encoded} were encoded, {spent.reused} were known",
+            f"prompt: {spent.read} tokens read, {spent.kept} known before",
+            f"pictures: {spent.encoded} encoded, {spent.reused} known before",
         ]
     )
 

@@ -42,13 +42,8 @@ def run(
     """
     at_terminal = sys.stdin.isatty()
     to_reader = at_terminal and sys.stdout.isatty() and prompt is None
-    console = Console(
-        stderr=not to_reader,
-        force_terminal=None if at_terminal else False,
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    colours = None if at_terminal else False
+    console = Console(stderr=not to_reader, force_terminal=colours, markup=False, highlight=False, soft_wrap=True)
     cast(TextIOWrapper, sys.stdout).reconfigure(errors="replace")  # a terminal need not know every character
     pictures = [open_picture(path) for path in images]
     chat = load_chat(console, checkpoint, settings or Settings())
@@ -73,16 +68,14 @@ def run(
 def load_chat(console: Console, checkpoint: str, settings: Settings) -> Chat:
     """The model, on the accelerator where there is one, while a spinner says what is loaded."""
     with console.status(Text(f"loading {checkpoint}")) as status:
-        import torch  # takes seconds: the spinner turns already
-
-        from bridges.checkpoint import load, read_config
+        # torch comes with them, which takes seconds: the spinner turns already
+        from bridges.checkpoint import load_on_fastest
         from bridges.inference.session import Session
+        from bridges.saved import read_config
 
         towers = read_config(Path(checkpoint))["towers"]
         status.update(Text(f"loading {checkpoint}: {towers['vision']['name']} and {towers['language']['name']}"))
-        assembled = load(checkpoint)
-        assembled.model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        return Chat(Session(assembled), settings)
+        return Chat(Session(load_on_fastest(checkpoint)), settings)
 
 
 def greet(chat: Chat, console: Console) -> None:

@@ -20,7 +20,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.inference.session import Session
 from bridges.inference.settings import Settings
 from chat.show import model_line

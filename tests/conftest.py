@@ -40,13 +40,16 @@ from transformers import (
     T5Tokenizer,
 )
 
-from bridges.checkpoint import Assembled, build, save_checkpoint
-from bridges.config import Recipe, recipe_from
+from bridges.build import Assembled, build
+from bridges.checkpoint import save_checkpoint
+from bridges.config import Recipe
 from bridges.data.batch import Batch
+from bridges.recipe import recipe_from
 from bridges.towers.language import LanguageTower
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and every process that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+pytest.register_assert_rewrite("fusing")  # its assertions tell as much as those of a test
 torch.set_num_threads(1)  # for tensors this small a second thread costs several times what it saves
 
 SENTENCES = [

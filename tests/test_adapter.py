@@ -17,11 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bridges import adapter
-from bridges.checkpoint import CARD, Assembled, build, load, save_checkpoint, trained
-from bridges.config import Lora, Recipe, recipe_from
+from bridges.build import Assembled, build, trained
+from bridges.checkpoint import CARD, load, save_checkpoint
+from bridges.config import Lora, Recipe
 from bridges.data.batch import Batch, collate, rows_of
 from bridges.data.conversation import Conversation, Example, Turn, ask
 from bridges.objectives.language import language_loss, target_nll
+from bridges.recipe import recipe_from
 from bridges.towers.encoder_decoder import language_tower
 from bridges.towers.language import LanguageTower
 from bridges.training.loop import train

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from test_adapter import LORA, disturb
 
-from bridges.checkpoint import Assembled, build, load, save_checkpoint
+from bridges.build import Assembled, build
+from bridges.checkpoint import load, save_checkpoint
 from bridges.cli import main
 from bridges.config import Recipe
 from bridges.data.conversation import Turn

@@ -13,12 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from bridges.base import bridge_names
-from bridges.checkpoint import Assembled, build, build_bridge, load, save_checkpoint
-from bridges.config import Recipe, read_recipe
+from bridges.build import Assembled, build, build_bridge
+from bridges.checkpoint import load, save_checkpoint
+from bridges.config import Recipe
 from bridges.data.batch import Batch, collate, rows_of
 from bridges.data.conversation import Conversation, Example, Turn, ask
 from bridges.inference.decoding import answers
 from bridges.objectives.language import language_loss
+from bridges.recipe import read_recipe
 from bridges.training.engine import Engine
 from bridges.training.feed import Share
 from bridges.training.loop import train_step

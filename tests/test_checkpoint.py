@@ -12,19 +12,11 @@ import yaml
 from conftest import tiny_language, tiny_vision
 from safetensors.torch import load_file, save_file
 
-from bridges.checkpoint import (
-    CARD,
-    CONFIG,
-    WEIGHTS,
-    Assembled,
-    build,
-    build_bridge,
-    load,
-    save_checkpoint,
-    write,
-)
+from bridges.build import Assembled, build, build_bridge
+from bridges.checkpoint import CARD, load, save_checkpoint, write
 from bridges.config import Recipe
 from bridges.files import prepare_output
+from bridges.saved import CONFIG, WEIGHTS
 
 
 def rewrite(path: Path, old: str, new: str) -> None:

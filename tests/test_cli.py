@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from bridges.cli import main, split_overrides
-from bridges.config import find_recipe
+from bridges.recipe import find_recipe
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

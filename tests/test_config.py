@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from bridges.config import Data, Language, Recipe, Train, Vision, read_recipe, recipe_from
+from bridges.config import Data, Language, Recipe, Train, Vision
+from bridges.recipe import read_recipe, recipe_from
 
 TEXT = """\
 output: runs/x
@@ -172,7 +173,7 @@ def test_what_is_no_text_file_is_refused(file: Path):
 
 def test_reading_a_recipe_needs_no_torch(file: Path):
     """Help and mistakes come at once."""
-    code = f"import sys; from bridges.config import read_recipe; read_recipe({str(file)!r}); assert 'torch' not in sys.modules"
+    code = f"import sys; from bridges.recipe import read_recipe; read_recipe({str(file)!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

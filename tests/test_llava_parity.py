@@ -7,7 +7,7 @@ import torch
 from conftest import randomise
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from bridges.checkpoint import Assembled, build
+from bridges.build import Assembled, build
 from bridges.data.batch import Row, collate
 from bridges.data.template import IGNORE_INDEX, IMAGE_TOKEN_ID
 from bridges.interop.llava import NAMES

@@ -11,10 +11,12 @@ from test_adapter import LORA, batch_of, disturb, examples
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bridges import adapter
-from bridges.checkpoint import CONFIG, WEIGHTS, build, load, save_checkpoint
+from bridges.build import build
+from bridges.checkpoint import load, save_checkpoint
 from bridges.config import Lora, Recipe
 from bridges.merge import LANGUAGE, merge
 from bridges.objectives.language import target_nll
+from bridges.saved import CONFIG, WEIGHTS
 
 
 @pytest.mark.parametrize("lora", [LORA, Lora(rank=2, rslora=True, dora=True)], ids=["lora", "dora"])

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, MptConfig
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.data.batch import Batch, Row, collate, pack, rows_of
 from bridges.data.conversation import Conversation, Example, Turn, ask
 from bridges.data.template import IMAGE_TOKEN_ID, Template

@@ -11,7 +11,7 @@ from conftest import SENTENCES, tiny_recipe
 from PIL import Image
 from torch import Tensor, nn
 
-from bridges.checkpoint import Assembled, build
+from bridges.build import Assembled, build
 from bridges.data.batch import Batch, Row, collate, rows_of
 from bridges.data.conversation import Conversation, Example, Turn
 from bridges.objectives.language import target_nll

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from bridges.checkpoint import build_bridge
-from bridges.config import read_recipe
+from bridges.build import build_bridge
 from bridges.data.template import TEMPLATES
 from bridges.objectives.pairs import PairObjective
+from bridges.recipe import read_recipe
 from bridges.training.loop import train
 from bridges.training.plan import plan
 

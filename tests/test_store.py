@@ -16,7 +16,8 @@ from conftest import tiny_vision
 from PIL import Image
 
 from bridges import store
-from bridges.checkpoint import Assembled, build, plain
+from bridges.build import Assembled, build
+from bridges.checkpoint import plain
 from bridges.cli import main
 from bridges.config import Recipe
 from bridges.evaluation.run import evaluate
@@ -46,17 +47,9 @@ def kept(assembled: Assembled) -> Callable[..., Store]:
 
 
 @pytest.fixture
-def run(recipe: Recipe, tmp_path: Path) -> Recipe:
+def run(recipe: Recipe, captions: Path) -> Recipe:
     """Twelve pictures with captions; six steps, so that every picture comes twice."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    noise = np.random.default_rng(0)
-    lines = ["file_name,caption"]
-    for i in range(12):
-        Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        lines.append(f"{i}.png,A {('cat', 'dog', 'house')[i % 3]} is {i}.")
-    (folder / "metadata.csv").write_text("\n".join(lines))
-    recipe.data.source = str(folder)
+    recipe.data.source = str(captions)
     recipe.train = replace(recipe.train, steps=6, batch=4, lr=1e-2, warmup=2, save_every=3, log_every=1, seed=3)
     return recipe
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bridges.benchmark.rounds import enough
-from bridges.checkpoint import load
+from bridges.checkpoint import load_on_fastest
 from bridges.data.conversation import Turn
 from bridges.data.pictures import open_picture
 from bridges.inference.decoding import Choose, until_end
@@ -42,21 +42,11 @@ def chat(
     if len(image) not in (0, 2):
         raise ValueError(f"the conversation has two pictures, not {len(image)}")
     pictures = [open_picture(Path(path)) for path in image] or [noise(seed) for seed in (0, 1)]
-    assembled = load(checkpoint)
-    assembled.model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    session = Session(assembled)
-    for question, shown, reply in zip(QUESTIONS, [pictures[:1], pictures[1:], []], REPLIES, strict=False):
-        session.append(Turn("user", [*shown, question]))
-        list(session.stream(96, saying(session, reply)))
+    session = Session(load_on_fastest(checkpoint))
+    three_turns(session, pictures)
     encoded = session.looker.features.encoded
     last = Turn("user", [QUESTIONS[3]])
-
-    def afresh() -> Session:
-        other = Session(assembled)
-        other.turns = list(session.turns)
-        return other
-
-    ways: dict[str, Callable[[], Session]] = {"kept": session.fork, "afresh": afresh}
+    ways: dict[str, Callable[[], Session]] = {"kept": session.fork, "afresh": lambda: afresh(session)}
     said = {way: answer(begin(), last) for way, begin in ways.items()}
     if said["kept"] != said["afresh"]:
         raise ValueError(f"the answers differ: kept {said['kept']!r}, afresh {said['afresh']!r}")
@@ -75,6 +65,20 @@ def chat(
         f"turn 4 begins {ratio:.1f} times sooner; in the whole conversation {encoded + again} encodings of 2 pictures"
     )
     return {"kept": median(seconds["kept"]), "afresh": median(seconds["afresh"]), "encoded": encoded + again}
+
+
+def three_turns(session: Session, pictures: Sequence[Image.Image]) -> None:
+    """A picture in each of the first two."""
+    for question, shown, reply in zip(QUESTIONS, [pictures[:1], pictures[1:], []], REPLIES, strict=False):
+        session.append(Turn("user", [*shown, question]))
+        list(session.stream(96, saying(session, reply)))
+
+
+def afresh(session: Session) -> Session:
+    """The same conversation, of which nothing was read or seen yet."""
+    other = Session(session.assembled)
+    other.turns = list(session.turns)
+    return other
 
 
 def saying(session: Session, reply: str) -> Choose:

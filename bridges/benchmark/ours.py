@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bridges import model as splice
 from bridges.benchmark.contest import FIRST, Clock, Task, examples, ready
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.data.batch import Batch, collate, rows_of
 from bridges.data.conversation import Example
 from bridges.data.template import IGNORE_INDEX

@@ -130,37 +130,12 @@ def idefics_of(
     Raises ValueError where the bridge is not IDEFICS's, or the language model is no Llama.
     """
     text, places = language.config, [int(place) for place in bridge.blocks]
-    first: Any = bridge.blocks[str(places[0])]
     if text.model_type != "llama" or places[0] or bridge.num_slots or isinstance(bridge.perceiver, nn.LayerNorm):
         raise ValueError(
             "IDEFICS is a Llama with a resampler (depth 1 or more), offset 0 and tag: words; make the recipe so"
         )
     every = places[1] if len(places) > 1 else text.num_hidden_layers
-    resampler: Any = bridge.perceiver
-    looks = resampler.layers[0].attention
-    config = IdeficsConfig(
-        vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_hidden_layers=text.num_hidden_layers,
-        num_attention_heads=text.num_attention_heads,
-        rope_parameters=text.rope_parameters,
-        max_position_embeddings=text.max_position_embeddings,
-        cross_layer_interval=every,
-        alpha_type="float" if first.attention_gate.numel() == 1 else "vector",
-        qk_layer_norms=isinstance(first.attention.query_norm, nn.RMSNorm),
-        use_resampler=True,
-        vision_config=dict(embed_dim=vision.dim, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16),
-        perceiver_config=dict(
-            use_resampler=True,
-            resampler_n_latents=len(resampler.latents),
-            resampler_depth=len(resampler.layers),
-            resampler_n_heads=looks.heads,
-            resampler_head_dim=looks.query.out_features // looks.heads,
-            qk_layer_norms_perceiver=isinstance(looks.query_norm, nn.LayerNorm),
-        ),
-    )
-    theirs = IdeficsForVisionText2Text(config)
+    theirs = IdeficsForVisionText2Text(idefics_config(text, bridge, every, vision.dim))
     inner: Any = theirs.model
     inner.vision_model = Seen(vision, language.dtype)
     names = idefics.names([name for name, _ in theirs.named_parameters()], every)
@@ -177,6 +152,35 @@ def idefics_of(
         layer.post_attention_layernorm.variance_epsilon = text.rms_norm_eps
     inner.norm.variance_epsilon = text.rms_norm_eps
     return theirs, names
+
+
+def idefics_config(text: Any, bridge: Flamingo, every: int, vision_dim: int) -> IdeficsConfig:
+    """Around a Llama's config `text`; a block stands before `every`-th layer."""
+    block: Any = next(iter(bridge.blocks.values()))
+    resampler: Any = bridge.perceiver
+    looks = resampler.layers[0].attention
+    return IdeficsConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        rope_parameters=text.rope_parameters,
+        max_position_embeddings=text.max_position_embeddings,
+        cross_layer_interval=every,
+        alpha_type="float" if block.attention_gate.numel() == 1 else "vector",
+        qk_layer_norms=isinstance(block.attention.query_norm, nn.RMSNorm),
+        use_resampler=True,
+        vision_config=dict(embed_dim=vision_dim, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16),
+        perceiver_config=dict(
+            use_resampler=True,
+            resampler_n_latents=len(resampler.latents),
+            resampler_depth=len(resampler.layers),
+            resampler_n_heads=looks.heads,
+            resampler_head_dim=looks.query.out_features // looks.heads,
+            qk_layer_norms_perceiver=isinstance(looks.query_norm, nn.LayerNorm),
+        ),
+    )
 
 
 class Repeated(nn.Module):

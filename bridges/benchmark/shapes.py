@@ -1,11 +1,12 @@
 """Vision towers that are only a shape, with random weights: what a step costs does not depend on what they see."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from bridges.towers.efficientnet import write_processor
 
 SHAPES: dict[str, dict[str, Any]] = {
     "siglip-b": dict(
@@ -23,12 +24,4 @@ def shape(name: str, folder: Path) -> None:
     """Write an encoder of this shape, the same each time, and its image processor."""
     torch.manual_seed(0)
     SiglipVisionModel(SiglipVisionConfig(**SHAPES[name])).save_pretrained(folder)
-    size = SHAPES[name]["image_size"]
-    preprocessing = {
-        "image_processor_type": "ViTImageProcessor",
-        "size": {"height": size, "width": size},
-        "resample": 3,  # bicubic
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    write_processor(folder, SHAPES[name]["image_size"])

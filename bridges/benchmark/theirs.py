@@ -22,7 +22,7 @@ from transformers import (
 
 from bridges.benchmark.contest import FIRST, Clock, Task, examples, ready
 from bridges.benchmark.peers import PEERS
-from bridges.checkpoint import build_bridge, vision_tower
+from bridges.build import build_bridge, vision_tower
 from bridges.data.batch import shorten
 from bridges.data.conversation import Example
 from bridges.data.template import IGNORE_INDEX, IMAGE_TOKEN_ID, Template
@@ -134,28 +134,11 @@ def run(pipe: Connection, task: Task, name: str) -> None:
 def trainer_of(
     name: str, model: nn.Module, steps: Any, collate: Collator, gate: Gate, task: Task, tokenizer: Any
 ) -> Trainer:
-    """Trainer's own ways, but for the optimizer's numbers, which are the recipe's, and the order of the data.
+    """A Trainer; TRL's SFTTrainer is given the same batches.
 
-    TRL's SFTTrainer is given the same batches; off are its preparation, checkpointing of gradients, and bfloat16.
+    Off are its preparation, checkpointing of gradients, and bfloat16.
     """
-    settings = task.recipe.train
-    arguments: dict[str, Any] = dict(
-        output_dir=str(task.folder / name),
-        per_device_train_batch_size=1,  # a step's texts are one item: the collator lays them out
-        num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        learning_rate=settings.lr,
-        lr_scheduler_type="constant",
-        adam_beta1=settings.betas[0],
-        adam_beta2=settings.betas[1],
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.clip,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+    arguments = arguments_of(task, name)
     if name != "trl":
         kind: Any = led(Trainer, gate)
         settled = TrainingArguments(**arguments)
@@ -173,6 +156,28 @@ def trainer_of(
         train_dataset=Dataset.from_dict({"step": list(range(len(steps)))}),  # it takes nothing else
         data_collator=lambda rows: collate([steps[rows[0]["step"]]]),
         callbacks=[gate],
+    )
+
+
+def arguments_of(task: Task, name: str) -> dict[str, Any]:
+    """Trainer's own ways, but for the optimizer's numbers, which are the recipe's, and the order of the data."""
+    settings = task.recipe.train
+    return dict(
+        output_dir=str(task.folder / name),
+        per_device_train_batch_size=1,  # a step's texts are one item: the collator lays them out
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        learning_rate=settings.lr,
+        lr_scheduler_type="constant",
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
     )
 
 

@@ -20,7 +20,8 @@ from bridges.benchmark.contest import Failed, Lap, Racer, Task, take_part
 from bridges.benchmark.rounds import enough
 from bridges.benchmark.shapes import SHAPES, shape
 from bridges.benchmark.standings import machine, table, write_standings
-from bridges.config import Recipe, read_recipe
+from bridges.config import Recipe
+from bridges.recipe import read_recipe
 
 EXACT, ROUGH = (1e-4, 1e-4), (2e-2, 0.25)
 """How far first loss and gradient may be apart, relative to their size: in fp32, in bfloat16. Thirty layers in bfloat16

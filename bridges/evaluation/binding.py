@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.evaluation.metrics import interval
 from bridges.inference.features import Features
 from bridges.inference.fewshot import FewShot

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.data.batch import cut
 from bridges.data.conversation import Conversation, Example
 from bridges.data.documents import END

@@ -23,9 +23,8 @@ COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), 
 
 def fewshot(
     checkpoint: str | Path,
-    *,
-    task: Literal["caption", "vqa", "classify", "binding"] = "caption",
     data: str | None = None,
+    task: Literal["caption", "vqa", "classify", "binding"] = "caption",
     shots: str | None = None,
     choose: Choice = "fixed",
     queries: int = 100,

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split
 from bridges.evaluation.fewshot_report import summary

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from bridges.checkpoint import Paired
+from bridges.build import Paired
 from bridges.data.pairs import PairBatch, pair_of
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split

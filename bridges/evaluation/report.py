@@ -1,59 +1,18 @@
-"""What a run came to: one HTML file to hand over, and the same table for the terminal."""
+"""What a run came to, as one HTML file to hand over."""
 
 import io
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import rich.markup
-import rich.table
 from PIL import Image
 
 from bridges.data.pictures import data_url
+from bridges.evaluation.table import Row, Table, columns, interval, is_kind, label_of, meanings, number
+from bridges.files import write
 
-Table = Mapping[str, Mapping[str, Mapping[str, float | int | None]]]
-"""{split: {metric: {one of COLUMNS or "low", "high": figure}}}; None, or nothing, where there is no figure."""
-
-COLUMNS = {
-    "image": "the score with the right picture; beneath it its 95 % interval (bootstrap over pictures)",
-    "reranked": "the score after the matching head has reordered what the first column finds by cosine alone",
-    "shuffled": "the score with the picture of another example: what is left is guessed from the text",
-    "blank": "the score with an empty picture",
-    "chance": "no model at all: a random order, or every word alike",
-    "majority": "no model at all: always the most frequent answer",
-    "n": "how many captions, questions or queries were scored",
-}
-METRICS = {
-    "caption_nll": (
-        "Caption NLL ↓",
-        "how surprised the model is by each token of the true caption, in nats; lower is better",
-    ),
-    "cider": (
-        "CIDEr-D ↑",
-        "how many phrases a caption shares with its references, rare phrases counting more; 0 to 10",
-    ),
-    "bleu4": ("BLEU-4 ↑", "how many of a caption's runs of one to four words occur in its references; 0 to 1"),
-    "right_picture": (
-        "Right picture ↑",
-        "how often a document goes on about the picture before the words, and not about another of its; 0 to 1",
-    ),
-    "naming_f1": ("Naming F1 ↑", "whether captions name all objects in the picture and no others; 0 to 1"),
-    "answer_accuracy": ("Answer accuracy ↑", "the share of questions whose answer is exactly right; 0 to 1"),
-    "recall": (
-        "R@k ↑",
-        "recall: how often a right text of a picture (or picture of a text) is among the first k; 0 to 1",
-    ),
-    "matching_accuracy": (
-        "Matching accuracy ↑",
-        "how often the matching head is right about true pairs and pairs that are hard to tell from them; 0 to 1",
-    ),
-    "cost/seconds": ("Seconds a query ↓", "time to embed and compare, without the time to see the pictures"),
-    "cost/pairs": ("Pairs a query", "with how many a query is compared, and of how many the matching head is asked"),
-}
 COLOURS = {"image": "#2f80ed", "shuffled": "#e07b1a", "blank": "#a259d9"}
 GREY = "#7f7f80"  # stands for the page's own text colour in the plot
 
@@ -124,14 +83,11 @@ def write_report(
     """One HTML file that needs nothing else: run facts, loss curve, the table and pictures with their answers.
 
     `history` are the rows of metrics.jsonl (see `plot_history`), `details` the facts of the run in the order to show,
-    `attribution` the line owed to whoever drew the pictures, `unit` that of the loss. The file appears whole or not at
-    all.
+    `attribution` the line owed to whoever drew the pictures, `unit` that of the loss. The file is whole or as it was.
     """
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in details.items())
     curve = f'<figure class="card">{plot_history(history, unit)}</figure>' if history else ""
-    explained = {_key(metric) for rows in table.values() for metric in rows}
-    told = [*(METRICS[key] for key in METRICS if key in explained), *((c, COLUMNS[c]) for c in columns(table))]
-    notes = "".join(f"<dt>{name}</dt><dd>{text}.</dd>" for name, text in told)
+    notes = "".join(f"<dt>{name}</dt><dd>{text}.</dd>" for name, text in meanings(table))
     shown = f'<h2>Held-out pictures</h2><div class="grid">{"".join(map(_figure, pictures))}</div>' if pictures else ""
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -146,13 +102,7 @@ def write_report(
 {f"<footer>{escape(attribution)}</footer>" if attribution else ""}
 </body></html>
 """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(page, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write(path, page.encode())
 
 
 def plot_history(history: Sequence[Mapping[str, Any]], unit: str = "nats per token") -> str:
@@ -192,35 +142,14 @@ def plot_history(history: Sequence[Mapping[str, Any]], unit: str = "nats per tok
     return svg[svg.index("<svg") :]
 
 
-def table_text(table: Table) -> rich.table.Table:
-    """The table for the terminal: a block for each split, a row for each metric."""
-    first, *others = columns(table)
-    shown = rich.table.Table("", f"{first} [95 % interval]", *others, box=None, pad_edge=False)
-    for column in shown.columns[1:]:
-        column.justify = "right"
-    for split, rows in table.items():
-        shown.add_row(f"[bold]{rich.markup.escape(split)}[/]")
-        for metric, row in rows.items():
-            label = ("    " if _is_kind(metric) else "  ") + rich.markup.escape(_label(metric))
-            image, *figures = (_number(row, column) for column in (first, *others))
-            interval = f" [dim]\\[{_interval(row)}][/]" if _interval(row) else ""
-            shown.add_row(label, f"[bold]{image}[/]{interval}", *figures)
-    return shown
-
-
-def columns(table: Table) -> list[str]:
-    """Those of which some metric has a figure to show, or misses one."""
-    return [column for column in COLUMNS if any(column in row for rows in table.values() for row in rows.values())]
-
-
-def _split(name: str, rows: Mapping[str, Mapping[str, float | int | None]], shown: Sequence[str]) -> str:
+def _split(name: str, rows: Mapping[str, Row], shown: Sequence[str]) -> str:
     head = "".join(f'<th scope="col">{column}</th>' for column in ("", *shown))
     body = ""
     for metric, row in rows.items():
-        kind = ' class="kind"' if _is_kind(metric) else ""
-        image, *others = (_number(row, column) for column in shown)
-        cells = f"<td><b>{image}</b><small>{_interval(row)}</small></td>" + "".join(f"<td>{x}</td>" for x in others)
-        body += f'<tr><th scope="row"{kind}>{escape(_label(metric))}</th>{cells}</tr>'
+        kind = ' class="kind"' if is_kind(metric) else ""
+        image, *others = (number(row, column) for column in shown)
+        cells = f"<td><b>{image}</b><small>{interval(row)}</small></td>" + "".join(f"<td>{x}</td>" for x in others)
+        body += f'<tr><th scope="row"{kind}>{escape(label_of(metric))}</th>{cells}</tr>'
     table = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return f'<h3>{escape(name)}</h3><div class="card"><table style="--others: {len(shown) - 1}">{table}</table></div>'
 
@@ -233,33 +162,3 @@ def _figure(shown: Shown) -> str:
         f'<figure class="card"><img src="{data_url(shown.picture)}" alt="{escape(shown.reference)}">'
         f'<figcaption><p class="soft">{escape(shown.prompt)}</p><dl>{lines}</dl></figcaption></figure>'
     )
-
-
-def _key(metric: str) -> str:
-    """Which of METRICS says what it is."""
-    return metric if metric in METRICS else re.split("[@/]", metric)[0]
-
-
-def _is_kind(metric: str) -> bool:
-    """`answer_accuracy/count` is a row of its own beneath `answer_accuracy`."""
-    return "/" in metric and "@" not in metric and metric not in METRICS
-
-
-def _label(metric: str) -> str:
-    """A kind is called by its name alone, `recall@1/image_to_text` is R@1 image to text."""
-    if metric in METRICS:
-        return METRICS[metric][0]
-    name, _, kind = metric.partition("/")
-    return f"{name.replace('recall', 'R')} {kind.replace('_', ' ')} ↑" if "@" in name else kind or metric
-
-
-def _interval(row: Mapping[str, float | int | None]) -> str:
-    ends = [_number(row, end) for end in ("low", "high") if row.get(end) is not None]
-    return " – ".join(ends) if len(ends) == 2 else ""
-
-
-def _number(row: Mapping[str, float | int | None], key: str) -> str:
-    value = row.get(key)
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"

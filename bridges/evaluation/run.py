@@ -9,14 +9,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from bridges.checkpoint import Assembled, Built, Paired, load, load_pairs, recipe_of, towers_of, trained
+from bridges.build import Assembled, Built, Paired, towers_of, trained
+from bridges.checkpoint import load, load_pairs
 from bridges.data.conversation import images_of
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split, told
 from bridges.evaluation.pairs import measure_pairs
-from bridges.evaluation.report import Shown, table_text, write_report
+from bridges.evaluation.report import Shown, write_report
+from bridges.evaluation.table import table_text
 from bridges.evaluation.tasks import Said, captions_of, listen, questions_of, tabulate
 from bridges.files import write
+from bridges.saved import recipe_of
 from bridges.store import open_store
 
 RESULTS, REPORT = "evaluation.json", "report.html"

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.data.batch import collate, rows_of
 from bridges.data.conversation import Conversation, Example, Turn
 from bridges.data.template import IGNORE_INDEX

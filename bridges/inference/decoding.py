@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.data.batch import collate, pack
 from bridges.data.conversation import Turn
 from bridges.data.template import Encoded

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 
 AT_ONCE = 32  # pictures
 

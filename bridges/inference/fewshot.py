@@ -10,7 +10,7 @@ from math import inf
 
 import torch
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.data.batch import collate, pack
 from bridges.data.template import IGNORE_INDEX, Encoded
 from bridges.inference.decoding import decode, room, until_end

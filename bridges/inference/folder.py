@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bridges.data.pictures import BrokenPicture, no_file, open_picture
 from bridges.files import write
-from bridges.towers.bundled import cache_folder
+from bridges.towers.parcels import cache_folder
 from bridges.towers.vision import VisionTower
 
 SHARD = 64  # pictures encoded at once, and kept in one file

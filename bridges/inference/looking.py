@@ -8,7 +8,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.inference.features import Features, key
 
 MOST = 64  # pictures whose slots, keys and values are kept on the device

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.data.conversation import Turn
 from bridges.data.template import IGNORE_INDEX, IMAGE_MARK, Encoded, Template
 from bridges.inference.scoring import Tree, stem_and_tree

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from bridges.checkpoint import Paired
+from bridges.build import Paired
 from bridges.inference.folder import Folder
 from bridges.layers import together, writing
 from bridges.objectives.captioning import write_logits

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.data.conversation import Turn, images_of
 from bridges.inference.decoding import Choose, cut, decode, greedy, held, room, spoken, until_end
 from bridges.inference.looking import Key, Looker, Seen

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from bridges.checkpoint import Assembled, assemble, build_bridge, check_towers, load_weights, read_config, recipe_of
+from bridges.build import Assembled, assemble, build_bridge, towers_of
+from bridges.saved import check_towers, load_weights, recipe_of
 
 
 def with_bridge(assembled: Assembled, folder: Path) -> Assembled:
@@ -11,10 +12,10 @@ def with_bridge(assembled: Assembled, folder: Path) -> Assembled:
     Raises ValueError where it was trained between other towers, or one of the two beside an adapter.
     """
     vision, language = assembled.model.vision, assembled.model.language
-    config, recipe = read_config(folder), recipe_of(folder)
+    recipe = recipe_of(folder)
     if recipe.objectives:
         raise ValueError(f"{folder} is of the first stage, without a language model; give it a second stage")
-    check_towers(folder, config, assembled)
+    check_towers(folder, towers_of(assembled))
     if recipe.lora is not None or language.adapters:
         whose = folder if recipe.lora is not None else "the checkpoint in use"
         raise ValueError(

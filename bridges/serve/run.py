@@ -5,8 +5,6 @@ import socket
 from pathlib import Path
 from types import FrameType
 
-import torch
-
 
 def serve(
     checkpoint: str,
@@ -16,9 +14,18 @@ def serve(
     sessions: int = 8,
     remote_images: bool = False,
 ) -> None:
-    """Serve a checkpoint until Ctrl-C, which ends it as KeyboardInterrupt.
+    """Answer over HTTP as OpenAI's API for chats does, so that its clients talk with a checkpoint about pictures.
 
-    Raises ValueError where the extra is not installed, the address cannot be had, or the checkpoint is wrong.
+    Ctrl-C ends it, as KeyboardInterrupt. Raises ValueError where the extra is not installed, the address cannot be had,
+    or the checkpoint is wrong.
+
+    Args:
+        checkpoint: folder that `bridges train` made, by whose name clients call the model
+        host: address to listen on; 0.0.0.0 lets other machines in
+        port: number of the port; 0 takes any that is free, and says which
+        token: what clients must send as their API key; by default nothing
+        sessions: conversations in memory at once: those being answered, in turns, and those kept for their next message
+        remote_images: fetch pictures from any http address that a client names, not only from the message itself
     """
     try:
         import pydantic  # noqa: F401
@@ -26,13 +33,12 @@ def serve(
         import uvicorn
     except ImportError as error:
         raise ValueError(f"bridges serve needs {error.name}: pip install 'mm-bridges[serve]'") from error
-    from bridges.checkpoint import load
+    from bridges.checkpoint import load_on_fastest
     from bridges.serve.app import Api
     from bridges.serve.engine import Engine
 
     opened = address(host, port)  # before the model is loaded, which takes long
-    assembled = load(checkpoint)
-    assembled.model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    assembled = load_on_fastest(checkpoint)
     name, engine = Path(checkpoint).resolve().name, Engine(assembled, sessions)
     where = f"[{host}]" if ":" in host else host
 
@@ -45,21 +51,21 @@ def serve(
             engine.close()  # those who wait are told, so that nobody keeps the server waiting
             super().handle_exit(sig, frame)
 
+    show_log()
+    app = Api(engine, name, token, remote_images).app()
+    try:
+        Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)).run([opened])
+    finally:
+        engine.close()
+        engine.thread.join(5)
+
+
+def show_log() -> None:
+    """What the engine tells goes to stderr, each line with the time."""
     talk = logging.getLogger("bridges.serve")
     talk.setLevel(logging.INFO)
     talk.addHandler(logging.StreamHandler())
     talk.handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    options = uvicorn.Config(
-        Api(engine, name, token, remote_images).app(),
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=5,
-    )
-    try:
-        Server(options).run([opened])
-    finally:
-        engine.close()
-        engine.thread.join(5)
 
 
 def address(host: str, port: int) -> socket.socket:

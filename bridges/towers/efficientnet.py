@@ -115,9 +115,14 @@ def fold(published: dict[str, Tensor]) -> dict[str, Tensor]:
 def convert(published: Path, folder: Path) -> None:
     """From the published file of weights, write what `load` and an image processor read: 224 x 224 pixels in -1 … 1."""
     save_file(fold(torch.load(published, weights_only=True)), folder / "model.safetensors")
+    write_processor(folder, 224)
+
+
+def write_processor(folder: Path, size: int) -> None:
+    """An image processor that makes `size` x `size` pixels in -1 … 1."""
     preprocessing = {
         "image_processor_type": "ViTImageProcessor",
-        "size": {"height": 224, "width": 224},
+        "size": {"height": size, "width": size},
         "resample": 3,  # bicubic
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],

@@ -11,14 +11,19 @@ import torch
 from torch import nn
 
 
+def fastest_device() -> torch.device:
+    """This machine's accelerator where there is one, else its CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 @cache
 def fastest_dtype(device: torch.device | None = None) -> torch.dtype:
-    """The dtype for frozen weights on `device`; without one, on this machine's accelerator, else its CPU.
+    """The dtype for frozen weights on `device`, by default the fastest of this machine.
 
     A CPU takes bfloat16 only where it has instructions for it and they win a short race (under 0.1 s, once a process):
     without them bfloat16 is emulated, several times slower than float32.
     """
-    device = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = device or fastest_device()
     if device.type == "cuda":
         # 8.0 is Ampere, the first with bfloat16; 7.0 is Volta, the first whose float16 does not lose to float32
         capability = torch.cuda.get_device_capability(device)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,6 +15,7 @@ from bridges.data.conversation import Example, images_of
 from bridges.data.pictures import MapStyle, SkipBroken
 from bridges.data.sources import open_split
 from bridges.store import Store, error_of
+from bridges.towers.precision import fastest_device
 from bridges.training.feed import open_sources
 from bridges.training.stage import open_stage
 
@@ -35,7 +35,7 @@ def encode_ahead(recipe: Recipe) -> None:
     stage = open_stage(recipe)
     store, console = stage.store, Console()
     assert store is not None
-    store.vision.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    store.vision.to(fastest_device())
     held = min(recipe.train.evaluate_size, recipe.train.batch * 4)  # as in training
     validation = SkipBroken(open_split(recipe.data, "val"))
     parts: list[tuple[MapStyle[Example], int]] = [(source.data, len(source.data)) for source in open_sources(recipe)]

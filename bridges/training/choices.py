@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from bridges.checkpoint import Assembled, build_bridge
+from bridges.build import Assembled, build_bridge
 from bridges.config import Recipe
 from bridges.training.probe import Plan, plan_of
 from bridges.training.stage import Stage

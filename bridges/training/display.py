@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from bridges.checkpoint import Built, towers_of, trained
+from bridges.build import Built, towers_of, trained
 from bridges.files import write
 from bridges.training.engine import flat
 

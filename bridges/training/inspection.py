@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bridges.checkpoint import Assembled, build
+from bridges.build import Assembled, build
 from bridges.config import Recipe
 from bridges.data.batch import Row, rows_of
 from bridges.data.conversation import Example, images_of

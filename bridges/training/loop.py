@@ -10,12 +10,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from bridges.checkpoint import CONFIG, trained
-from bridges.config import Recipe, Train, read_recipe
+from bridges.build import trained
+from bridges.config import Recipe, Train
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split, told
 from bridges.files import prepare_output
 from bridges.interrupt import Stop, interruptible
+from bridges.recipe import read_recipe
+from bridges.saved import CONFIG
 from bridges.training.display import Display
 from bridges.training.engine import Engine, open_accelerator, seed_step
 from bridges.training.feed import Share, Source, open_sources, prefetched, sizes_of, tell_broken

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from bridges.checkpoint import Assembled, Built, towers_of, trained
+from bridges.build import Assembled, Built, towers_of, trained
 from bridges.config import Recipe
 from bridges.data.batch import Batch
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split
 from bridges.towers.language import LanguageTower
-from bridges.training.loop import parameter_groups
+from bridges.training.loop import adam
 from bridges.training.stage import Stage, open_stage
 
 PROBES = (2, 4)
@@ -88,7 +88,7 @@ def plan_of(recipe: Recipe, stage: Stage | None = None) -> Plan:
         update=update,
         batch=sum(d.batch or recipe.train.batch for d in (recipe.data, *recipe.also)),
         positions=int((batch.segments >= 0).sum()) / count if isinstance(batch, Batch) else float(batch.ids.shape[1]),
-        slots=getattr(model.bridge, "num_slots", 0),
+        slots=model.bridge.num_slots,
         targets=batch.num_targets / count,
         seconds=large[1] / PROBES[1] * recipe.train.batch,
     )
@@ -144,10 +144,9 @@ def computing(stage: Stage, examples: Sequence[Any]) -> tuple[int, float]:
 
 def updating(built: Built) -> tuple[int, int]:
     """Bytes of the gradients, and of these with what AdamW makes beside them; no weight changes."""
-    groups = parameter_groups(built.model.bridge, built.recipe.train)
-    if isinstance(built, Assembled):
-        groups += parameter_groups(nn.ModuleList(built.model.language.adapters), built.recipe.train)
-    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    optimizer = adam(built.model, built.recipe)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     for parameter in trained(built):
         parameter.grad = torch.zeros_like(parameter)
     gradients = sum(p.numel() * p.element_size() for p in trained(built))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridges.checkpoint import Assembled, Built, build, build_pairs
+from bridges.build import Assembled, Built, build, build_pairs
 from bridges.config import Recipe
 from bridges.data.batch import Batch, collate, rows_of
 from bridges.data.conversation import Example

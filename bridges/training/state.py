@@ -10,18 +10,11 @@ from typing import Any
 
 import torch
 
-from bridges.checkpoint import (
-    Assembled,
-    Built,
-    check_towers,
-    load_adapter,
-    load_weights,
-    plain,
-    read_config,
-    save_checkpoint,
-)
+from bridges.build import Assembled, Built, towers_of
+from bridges.checkpoint import plain, save_checkpoint
 from bridges.config import Lora, Recipe
 from bridges.files import finish, replacing, write
+from bridges.saved import check_towers, load_adapter, load_weights, read_config
 from bridges.training.display import METRICS
 from bridges.training.engine import Engine, Moments
 
@@ -76,7 +69,7 @@ def restore(built: Built, sizes: Sequence[tuple[str, int]]) -> tuple[int, Moment
     if not (state := read_state(output)):
         return 0, {}
     config = read_config(output)
-    check_towers(output, config, built)
+    check_towers(output, towers_of(built))
     refuse_other_recipe(output, config, built.recipe)
     for (name, size), (_, was) in zip(sizes, state["sizes"], strict=True):
         if was != size:

@@ -14,7 +14,8 @@ from torch import nn
 from bridges.benchmark.fewshot import fewshot
 from bridges.benchmark.naive import from_cache, row_by_row
 from bridges.benchmark.score import score
-from bridges.checkpoint import Assembled, build, save_checkpoint
+from bridges.build import Assembled, build
+from bridges.checkpoint import save_checkpoint
 from bridges.cli import main
 from bridges.config import Data, Recipe
 from bridges.inference.fewshot import FewShot

@@ -17,7 +17,7 @@ from bridges.benchmark.contest import FIRST, Lap, Racer, Ready, Task
 from bridges.benchmark.ours import OURS
 from bridges.benchmark.train import compare, distance
 from bridges.cli import main
-from bridges.config import recipe_from
+from bridges.recipe import recipe_from
 
 PROJECTOR = {"name": "projector", "depth": 2, "merge": "average", "factor": 2}
 QFORMER = {"name": "qformer", "queries": 3, "layers": 3, "width": 16, "heads": 4, "dropout": 0.0}

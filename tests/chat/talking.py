@@ -13,12 +13,13 @@ from conftest import tiny_language
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bridges.checkpoint import Assembled, build, load, save_checkpoint
-from bridges.config import recipe_from
+from bridges.build import Assembled, build
+from bridges.checkpoint import load, save_checkpoint
 from bridges.data.conversation import Turn
 from bridges.data.pictures import open_picture
 from bridges.inference.session import Session
 from bridges.inference.settings import Settings
+from bridges.recipe import recipe_from
 from chat.state import Chat
 
 

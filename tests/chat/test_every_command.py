@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bridges.checkpoint import build, save_checkpoint
+from bridges.build import build
+from bridges.checkpoint import save_checkpoint
 from bridges.data.conversation import Turn, images_of
 from bridges.data.formats import Rows
 from bridges.inference.session import Session
@@ -235,8 +236,8 @@ def test_what_is_told_of_the_conversation_is_so(chat: Chat, say: Say, folder: Pa
     counts = [int(line.split()[0]) for line in say("/tokens").splitlines()]
     assert counts[-1] == chat.session.size() == sum(counts[:-1])
     say("And?")
-    assert "pictures: 0 were encoded, 1 were known" in say("/stats")
-    assert f"{chat.session.spent.read} tokens were read, {chat.session.spent.kept} were known" in say("/stats")
+    assert "pictures: 0 encoded, 1 known before" in say("/stats")
+    assert f"{chat.session.spent.read} tokens read, {chat.session.spent.kept} known before" in say("/stats")
 
 
 def test_look_asks_with_other_pictures_and_leaves_the_talk_as_it_is(chat: Chat, say: Say, folder: Path) -> None:

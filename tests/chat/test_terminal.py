@@ -21,7 +21,8 @@ from prompt_toolkit.input import create_pipe_input
 from rich.console import Console
 from torch import Tensor
 
-from bridges.checkpoint import Assembled, load
+from bridges.build import Assembled
+from bridges.checkpoint import load
 from bridges.data.conversation import Turn
 from bridges.data.pictures import open_picture
 from bridges.data.template import IMAGE_MARK

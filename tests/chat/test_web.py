@@ -132,16 +132,16 @@ def test_pictures_and_questions_are_answered_as_a_session_answers_them(
     page.reload()
     expected = said_by([[*picture_files, "What is in them?"], ["And now?"]], SHORT)
     ask(page, "What is in them?", picture_files)
-    cost(page, "pictures: 2 were encoded, 0 were known")
+    cost(page, "pictures: 2 encoded, 0 known before")
     assert said(page) == expected[:1]
     assert page.locator(".user img").count() == 2
     ask(page, "And now?")
-    cost(page, "pictures: 0 were encoded, 2 were known", f", {SHORT} in all")
+    cost(page, "pictures: 0 encoded, 2 known before", f", {SHORT} in all")
     assert said(page) == expected
     picture = Image.open(io.BytesIO(page.screenshot()))
     assert len(picture.getcolors(1 << 24) or []) > 100
     page.get_by_role("button", name="Regenerate").click()
-    cost(page, "prompt: 0 tokens were read")
+    cost(page, "prompt: 0 tokens read")
     assert said(page) == expected, "at temperature 0"
     page.get_by_role("button", name="Undo").click()
     page.locator(".bot.message").nth(1).wait_for(state="detached")
@@ -151,12 +151,12 @@ def test_pictures_and_questions_are_answered_as_a_session_answers_them(
     page.locator(".thumbnail-item").nth(1).wait_for()
     assert said(page) == []
     page.get_by_placeholder("Write a message").press("Enter")
-    cost(page, "pictures: 0 were encoded, 2 were known")
+    cost(page, "pictures: 0 encoded, 2 known before")
     assert said(page) == expected[:1]
     page.get_by_role("button", name="Clear").click()
     page.locator(".bot.message").first.wait_for(state="detached")
     ask(page, "Hello")
-    cost(page, "were read, 0 were known")
+    cost(page, " read, 0 known before")
     assert said(page) == said_by([["Hello"]], SHORT)
     assert {url.hostname for url in asked if url.scheme not in ("data", "blob")} == {"127.0.0.1"}
 
@@ -174,7 +174,7 @@ def test_an_answer_is_stopped_and_the_talk_goes_on(tab: "Callable[[], Page]") ->
     ask(page, "Go on")
     cost(page, f", {SHORT} in all")
     assert said(page)[0] == stopped
-    assert "0 were known ·" not in page.locator("#cost").inner_text(), "what was said is not read again"
+    assert "0 known before ·" not in page.locator("#cost").inner_text(), "what was said is not read again"
 
 
 def test_each_tab_has_a_conversation_of_its_own_and_one_that_is_closed_holds_up_nobody(

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.config import Data
 from bridges.data.batch import collate, rows_of
 from bridges.data.conversation import ask

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from bridges.config import Data, recipe_or_data
+from bridges.config import Data
 from bridges.data.formats import Rows
 from bridges.data.pictures import BrokenPicture
 from bridges.data.sources import open_split
+from bridges.recipe import recipe_or_data
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 from conftest import CHATML
 from PIL import Image
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.data.conversation import Conversation, Example, Turn
 from bridges.data.documents import END
 from bridges.data.scene_documents import SceneDocuments

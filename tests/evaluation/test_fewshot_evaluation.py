@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from bridges.checkpoint import Assembled, build, save_checkpoint
+from bridges.build import Assembled, build
+from bridges.checkpoint import save_checkpoint
 from bridges.cli import main
 from bridges.config import Data, Recipe
 from bridges.data.conversation import Conversation, Example, Turn, ask

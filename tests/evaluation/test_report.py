@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from bridges.evaluation.report import Shown, plot_history, table_text, write_report
+from bridges.evaluation.report import Shown, plot_history, write_report
+from bridges.evaluation.table import table_text
 
 NASTY = '<script>alert("1")</script> & co'
 HISTORY = [

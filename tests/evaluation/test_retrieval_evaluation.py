@@ -13,8 +13,8 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from bridges.checkpoint import Paired, build_pairs, load_pairs, save_checkpoint
-from bridges.config import recipe_from
+from bridges.build import Paired, build_pairs
+from bridges.checkpoint import load_pairs, save_checkpoint
 from bridges.data.sources import open_split
 from bridges.evaluation import pairs as measured
 from bridges.evaluation.pairs import compare, hold_out, measure_pairs
@@ -24,6 +24,7 @@ from bridges.inference.retrieval import Retriever
 from bridges.objectives.captioning import captioning_loss
 from bridges.objectives.controls import controlled
 from bridges.objectives.pairs import pair_batch
+from bridges.recipe import recipe_from
 
 WORDS = ("cat", "dog", "bird", "house", "car", "tree", "red", "blue")
 RECALLS = {f"recall@{k}/{way}" for k in (1, 5, 10) for way in ("image_to_text", "text_to_image")}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.data.conversation import Example, ask
 from bridges.evaluation.run import evaluate
 from bridges.evaluation.tasks import Said, listen, tabulate

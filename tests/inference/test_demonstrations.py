@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.inference.demonstrations import drawn, fixed, gallery, nearest, text_only
 from bridges.inference.features import AT_ONCE, Features, key
 

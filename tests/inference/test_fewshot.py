@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BloomConfig
 
-from bridges.checkpoint import Assembled, build
+from bridges.build import Assembled, build
 from bridges.config import Recipe
 from bridges.data.template import IMAGE_TOKEN_ID
 from bridges.inference.features import Features

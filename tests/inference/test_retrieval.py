@@ -12,15 +12,16 @@ from conftest import randomise
 from PIL import Image
 from torch import Tensor
 
-from bridges.checkpoint import Paired, build_pairs, save_checkpoint
+from bridges.build import Paired, build_pairs
+from bridges.checkpoint import save_checkpoint
 from bridges.cli import main
-from bridges.config import recipe_from
 from bridges.data.pictures import open_picture
 from bridges.inference.folder import Folder
 from bridges.inference.retrieval import Ranking, Retriever
 from bridges.layers import writing
 from bridges.objectives.captioning import write_logits
 from bridges.objectives.contrastive import embed_images, embed_texts
+from bridges.recipe import recipe_from
 
 K = 3  # queries
 TEXTS = ["A cat.", "There is a cat on the left of the red house, and a dog that looks at it.", "Two small birds", "no"]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bridges import adapter
 from bridges.base import bridge_names
-from bridges.checkpoint import Assembled, build, load, save_checkpoint
+from bridges.build import Assembled, build
+from bridges.checkpoint import load, save_checkpoint
 from bridges.config import Lora, Recipe
 from bridges.data.conversation import Turn
 from bridges.data.template import IMAGE_MARK, Template

@@ -10,7 +10,7 @@ from conftest import CHATML, tiny_language
 from PIL import Image
 from torch import Tensor
 
-from bridges.checkpoint import Assembled, build
+from bridges.build import Assembled, build
 from bridges.config import Recipe
 from bridges.data.conversation import Turn
 from bridges.data.template import IGNORE_INDEX, Template

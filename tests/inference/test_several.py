@@ -9,7 +9,7 @@ import torch
 from conftest import randomise
 from PIL import Image
 
-from bridges.checkpoint import Assembled, build
+from bridges.build import Assembled, build
 from bridges.data.batch import collate, pack
 from bridges.data.conversation import Turn
 from bridges.inference.decoding import answers

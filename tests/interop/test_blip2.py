@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from bridges.base import Bridge
-from bridges.checkpoint import build, build_bridge
-from bridges.config import recipe_from
+from bridges.build import build, build_bridge
 from bridges.data.batch import collate, rows_of
 from bridges.data.conversation import Example, ask
 from bridges.interop.blip2 import is_blip2, names, read_blip2, read_options, to_blip2
 from bridges.objectives.language import language_loss
+from bridges.recipe import recipe_from
 from bridges.towers.vision import VisionTower
 
 VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.data.batch import Batch, Row, collate, rows_of
 from bridges.data.conversation import Conversation, Example, Turn, ask
 from bridges.data.template import IGNORE_INDEX

@@ -14,7 +14,7 @@ import uvicorn
 from openai import OpenAI
 from PIL import Image
 
-from bridges.checkpoint import Assembled
+from bridges.build import Assembled
 from bridges.data.conversation import Turn
 from bridges.inference.session import Session
 from bridges.serve.app import Api

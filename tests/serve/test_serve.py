@@ -20,9 +20,9 @@ from nonsense import distorted
 from openai import OpenAI
 from PIL import Image
 
-from bridges.checkpoint import Assembled, build
-from bridges.config import recipe_from
+from bridges.build import Assembled, build
 from bridges.data.conversation import Turn
+from bridges.recipe import recipe_from
 from bridges.serve import app, body
 
 

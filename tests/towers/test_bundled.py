@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from bridges.towers.bundled import PARCELS, Parcel, bundled, resolve, unpack_once
+from bridges.towers.bundled import PARCELS, bundled, resolve
 from bridges.towers.efficientnet import STAGES, EfficientNetLite0, fold
+from bridges.towers.parcels import Parcel, unpack_once
 from bridges.towers.vision import VisionTower
 
 PAYLOAD = b"weights " * 1000
@@ -68,7 +69,7 @@ def test_a_parcel_is_fetched_once_and_then_offline(cache, monkeypatch):
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from bridges.towers.bundled import Parcel, unpack_once
+from bridges.towers.parcels import Parcel, unpack_once
 
 def convert(payload, folder):
     (folder / "model.bin").write_bytes(payload.read_bytes()[:4000])

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration, T5ForConditionalGeneration
 
-from bridges.checkpoint import Assembled, build, load
+from bridges.build import Assembled, build
+from bridges.checkpoint import load
 from bridges.config import Recipe
 from bridges.data.batch import collate, rows_of
 from bridges.data.conversation import Conversation, Example, Turn, ask

@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from bridges.checkpoint import build, load, save_checkpoint
-from bridges.config import Recipe, recipe_from
+from bridges.build import build
+from bridges.checkpoint import load, save_checkpoint
+from bridges.config import Recipe
+from bridges.recipe import recipe_from
 from bridges.towers.framing import framed
 from bridges.towers.vision import VisionTower
 

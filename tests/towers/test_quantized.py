@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from bridges import adapter
-from bridges.checkpoint import Assembled, build, load, save_checkpoint, trained
-from bridges.config import Lora, Recipe, recipe_from
+from bridges.build import Assembled, build, trained
+from bridges.checkpoint import load, save_checkpoint
+from bridges.config import Lora, Recipe
 from bridges.data.batch import Batch
 from bridges.data.conversation import Example, ask
 from bridges.objectives.language import language_loss, target_nll
+from bridges.recipe import recipe_from
 from bridges.towers.encoder_decoder import language_tower
 from bridges.towers.language import LanguageTower
 from bridges.towers.quantized import Bits

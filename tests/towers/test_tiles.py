@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bridges.checkpoint import build, load, save_checkpoint
+from bridges.build import build
+from bridges.checkpoint import load, save_checkpoint
 from bridges.config import Recipe
 from bridges.data.batch import rows_of
 from bridges.data.conversation import Example, Turn, ask

@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bridges.config import Recipe, recipe_from
+from bridges.config import Recipe
 from bridges.data.conversation import Example
+from bridges.recipe import recipe_from
 from bridges.training.feed import open_sources, prefetched
 from bridges.training.stage import open_stage
 

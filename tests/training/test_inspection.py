@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bridges.config import Recipe, recipe_or_data
+from bridges.config import Recipe
+from bridges.recipe import recipe_or_data
 from bridges.training.inspection import inspect
 
 

@@ -16,9 +16,10 @@ from commands import counted, save
 from PIL import Image
 from safetensors.torch import load_file
 
-from bridges.checkpoint import load, read_config
+from bridges.checkpoint import load
 from bridges.config import Recipe
 from bridges.files import finish
+from bridges.saved import read_config
 from bridges.training.loop import train
 
 

@@ -16,7 +16,8 @@ from commands import stop_at
 from PIL import Image
 from safetensors.torch import load_file
 
-from bridges.checkpoint import Assembled, build, load, plain
+from bridges.build import Assembled, build
+from bridges.checkpoint import load, plain
 from bridges.config import Recipe
 from bridges.data.conversation import Conversation, Example, Turn, ask
 from bridges.training.engine import Engine

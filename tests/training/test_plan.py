@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate import Accelerator
 from PIL import Image
 
@@ -12,7 +11,7 @@ from bridges.data.sources import open_split
 from bridges.training.choices import choices
 from bridges.training.engine import Engine
 from bridges.training.feed import Share
-from bridges.training.loop import parameter_groups, train_step
+from bridges.training.loop import adam, train_step
 from bridges.training.plan import plan, size_of
 from bridges.training.probe import frozen_bytes, peak, plan_of, state_of
 from bridges.training.stage import Stage, open_stage
@@ -43,9 +42,7 @@ def taken(stage: Stage, recipe: Recipe, micro_batch: int) -> int:
     data, built = open_split(recipe.data, "train"), stage.built
     places = range(0, recipe.train.batch, micro_batch)
     share = Share("all", 1.0, [stage.batch([data[i + j] for j in range(micro_batch)]) for i in places])
-    groups = parameter_groups(built.model.bridge, recipe.train)
-    groups += parameter_groups(torch.nn.ModuleList(built.model.language.adapters), recipe.train)
-    engine = Engine(Accelerator(), built.model.train(), torch.optim.AdamW(groups, lr=1e-3))
+    engine = Engine(Accelerator(), built.model.train(), adam(built.model, recipe))
     train_step(engine, [share], 1.0, stage.loss)
     return max(peak(lambda: train_step(engine, [share], 1.0, stage.loss)) for _ in range(3))
 

@@ -14,13 +14,15 @@ import torch
 import yaml
 from PIL import Image
 
-from bridges.checkpoint import Assembled, Paired, build, load, load_pairs, save_checkpoint
-from bridges.config import Recipe, read_recipe, recipe_from
+from bridges.build import Assembled, Paired, build
+from bridges.checkpoint import load, load_pairs, save_checkpoint
+from bridges.config import Lora, Recipe
 from bridges.data.batch import collate, rows_of
 from bridges.data.conversation import Example, Turn, ask
 from bridges.inference.decoding import answers
 from bridges.inference.session import Session
 from bridges.objectives.language import language_loss
+from bridges.recipe import read_recipe, recipe_from
 from bridges.training import loop
 from bridges.training.loop import train
 from bridges.training.stage import make_batch, open_stage
@@ -92,6 +94,7 @@ def test_a_resumed_first_stage_gives_the_losses_of_an_uninterrupted_one(
         (lambda r: replace(r, train=replace(r.train, micro_batch=2)), "compared within a whole batch"),
         (lambda r: replace(r, data=replace(r.data, prefix=True)), "pairs need whole ones"),
         (lambda r: replace(r, bridge={"name": "projector"}), "need a bridge that reads pairs"),
+        (lambda r: replace(r, lora=Lora()), "lora: there is no language model to put it on"),
         (lambda r: replace(r, objectives={"contrast": 1.0}), "did you mean contrastive"),
     ],
 )

@@ -1,0 +1,61 @@
+"""`bridges benchmark`: which measurement, and what belongs to it."""
+
+from typing import Literal
+
+
+def benchmark(
+    what: Literal["train", "chat", "fewshot", "score"],
+    subject: str,
+    rounds: int = 3,
+    steps: int = 4,
+    texts: int = 1,
+    contestant: list[str] = [],
+    vision: str | None = None,
+    batch: int | None = None,
+    image: list[str] = [],
+    task: Literal["caption", "vqa", "classify"] = "caption",
+    kind: str | None = None,
+    shots: int = 16,
+    queries: int = 32,
+    context: int = 120,
+    json: str | None = None,
+) -> None:
+    """Measure on this machine, side by side: training against its peers, and answers where what was read is kept.
+
+    Args:
+        what: train (against transformers' Llava, Blip2 or Idefics under HF's Trainer), chat (the fourth turn of a
+            conversation), fewshot (queries after demonstrations), or score (40 labels)
+        subject: of train a recipe such as benchmark_llava, whose bridge decides which peer there is; of the others the
+            folder of a checkpoint
+        rounds: how often each way is timed
+        steps: of train, how many in a round
+        texts: of train, of every picture
+        contestant: of train, tuned, default (both by default), trl, or ours without a technique, no-prefix, no-sharing,
+            no-lines, all-logits; give the option again for more
+        vision: of train, another tower than the recipe's, or siglip-b (that shape with random weights)
+        batch: of train, pictures a step
+        image: of chat, a picture of the conversation; give the option twice, or not at all
+        task: of fewshot, captions, questions (vqa), or labels by their likelihood (classify)
+        kind: of fewshot, kind of the questions, such as background
+        shots: of fewshot, how many demonstrations
+        queries: of fewshot, how many queries
+        context: of score, tokens before a label
+        json: file for the figures
+    """
+    if what == "train":
+        from bridges.benchmark.train import train
+
+        train(subject, rounds, steps, texts, contestant, vision, batch, json)
+        return
+    from bridges.benchmark.chat import chat
+    from bridges.benchmark.fewshot import fewshot
+    from bridges.benchmark.rounds import write_figures
+    from bridges.benchmark.score import score
+
+    if what == "chat":
+        found = chat(subject, rounds, image)
+    elif what == "fewshot":
+        found = fewshot(subject, rounds, task, kind, shots, queries)
+    else:
+        found = score(subject, rounds, context)
+    write_figures(json, what, subject, found)
