@@ -15,6 +15,7 @@ from bridges.data.template import Encoded
 from bridges.model import BridgedModel
 from bridges.sight import Sight
 from bridges.towers.language import LanguageTower
+from bridges.towers.precision import for_few_tokens
 
 Choose = Callable[[Float[Tensor, "b vocab"]], Int[Tensor, "b"]]
 
@@ -89,6 +90,7 @@ def say(
     A row that has ended is read no more, unless it is not to `drop`, or an encoder read it. `choose` gets logits of all
     rows all the same, so that a row's draws do not depend on the others; those of an ended row are its last.
     """
+    for_few_tokens(language.model)
     logits, cache, mask, positions, sight = begun
     said: list[list[int]] = [[] for _ in logits]
     speaking = rows = list(range(len(said)))

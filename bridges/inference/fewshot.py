@@ -20,7 +20,6 @@ from bridges.inference.prompts import Plain, Prompt, follow, join
 from bridges.inference.reading import Kept, begin_after, keep, read
 from bridges.inference.scoring import Scores, Tree, check_labels, scores_of
 from bridges.objectives.language import target_nll
-from bridges.towers.precision import for_few_tokens
 
 LINE = 256  # columns of a line
 AT_ONCE = 2048  # columns of lines that are read side by side
@@ -50,8 +49,9 @@ class FewShot:
     """Answers queries that follow the same demonstrations, `shots`, or none: then each query brings its own.
 
     Every text is read once and every picture encoded once, however many queries come, in one call or in several;
-    `features` may be shared with others. Answers are as if each prompt was read alone and from its beginning, which
-    is what happens without `reuse`, and where the language model cannot share a beginning.
+    `features` may be shared with others. `batch` prompts are answered at once, or as many queries after what is kept
+    as take no more room. Answers are as if each prompt was read alone and from its beginning, which is what happens
+    without `reuse`, and where the language model cannot share a beginning.
     """
 
     def __init__(
@@ -63,7 +63,6 @@ class FewShot:
         reuse: bool = True,
     ) -> None:
         self.model, self.batch, self.reuse = assembled.model, batch, reuse
-        for_few_tokens(self.model.language.model)
         self.plain, self.features = Plain(assembled), features or Features(assembled)
         self.shots = [self.plain.encode(shot, first=not place, last=False) for place, shot in enumerate(shots)]
         self._kept: Kept | None = None
@@ -83,7 +82,8 @@ class FewShot:
         self._fit(texts, max_new_tokens)
         texts, kept = self._after_shots(texts, max_new_tokens)
         said: list[list[int]] = []
-        for part in parts([len(text.ids) for text in texts], self.batch, inf):
+        sizes = [len(text.ids) for text in texts]
+        for part in parts(sizes, self._abreast(max(sizes, default=1) + max_new_tokens, kept), inf):
             said += self._say(texts[part], kept, max_new_tokens, lambda ids: self._ended(ids, stops))
         return [self._words(ids, stops) for ids in said]
 
@@ -132,6 +132,14 @@ class FewShot:
             return joined, None
         self._kept = self._kept or keep(self.model, self.features, join(self.shots))
         return texts, self._kept
+
+    def _abreast(self, own: int, kept: Kept | None) -> int:
+        """How many texts of at most `own` tokens are read and answered side by side.
+
+        What is kept is there once, not `batch` times, and leaves its room to more of them: where reading the weights
+        takes longest, twice as many take little longer.
+        """
+        return self.batch * ((len(kept) if kept else 0) + own) // own
 
     def _left(self, kept: Kept | None) -> int | float:
         """Columns that a line may have after what is kept, so that it is not longer than a window."""

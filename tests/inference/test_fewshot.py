@@ -126,8 +126,14 @@ def test_a_batch_scores_and_says_what_each_query_does_alone(
     model: Assembled, shots: list[Prompt], queries: list[Prompt]
 ) -> None:
     model.model.language.end_ids = frozenset()
-    reader, one = FewShot(model, shots, batch=3), FewShot(model, shots)
-    assert reader.complete(queries, 8) == [one.complete([query], 8)[0] for query in queries]
+    reader, one = FewShot(model, shots, batch=1), FewShot(model, shots)
+    said, read = [one.complete([query], 8)[0] for query in queries], widths(model)
+    assert reader.complete(queries, 8) == said
+    before, own = read[0][1], max(width for _, width in read[1:]) + 8
+    assert 1 < max(rows for rows, _ in read) <= (before + own) // own, "the room of one whole prompt"
+    read.clear()
+    assert FewShot(model, shots, batch=3, reuse=False).complete(queries, 8) == said
+    assert max(rows for rows, _ in read) == 2, "equally many"
     expected = torch.cat([one.score([query], LABELS).total for query in queries])
     torch.testing.assert_close(reader.score(queries, LABELS).total, expected, atol=1e-4, rtol=1e-4)
 
