@@ -36,6 +36,11 @@ class Sight:
         """For some positions only."""
         return Sight(self.blocks, self.seen, self.mask[:, :, columns])
 
+    def rows(self, index: Int[Tensor, "r"]) -> "Sight":
+        """For some of the rows only."""
+        seen = {name: (keys[index], values[index]) for name, (keys, values) in self.seen.items()}
+        return Sight(self.blocks, seen, self.mask[index])
+
     def times(self, count: int) -> "Sight":
         """Of one row, for `count` rows that go on from it."""
         seen = {

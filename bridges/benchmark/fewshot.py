@@ -17,6 +17,14 @@ from bridges.inference.prompts import Prompt, join
 
 Said = dict[str, list[str]]
 
+WHAT = {
+    "kept": "encodes and reads the demonstrations once, in the time that is told; queries after them side by side, as "
+    "many as take the room of a batch of whole prompts; a caption that has ended is read no more, labels are a tree",
+    "anew": "encodes and reads the demonstrations for every query, a batch of whole prompts side by side, until all "
+    "have ended; labels one after another from the cache, token by token",
+    "anew, tree": "as anew, with all labels in one pass",
+}
+
 
 def fewshot(
     checkpoint: str,
@@ -30,12 +38,10 @@ def fewshot(
     batch: int = 32,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Print, and return, the median seconds for all queries after fixed demonstrations, in each way.
+    """Print, and return, the median seconds for all queries after fixed demonstrations, in each way of WHAT.
 
-    `kept` reads and encodes the demonstrations once, in the time that is told. `anew` encodes and reads them for every
-    query, as OpenFlamingo's evaluation does: a batch of prompts side by side; labels one after another from the cache,
-    token by token. `anew, tree` only scores all labels in one pass. The ways take turns, after one query each that
-    does not count. Raises ValueError where they do not answer alike.
+    As for `anew`, so does OpenFlamingo's evaluation. The ways take turns, after one query each that does not count.
+    Raises ValueError where they do not answer alike.
     """
     told = console or Console()
     assembled = load_on_fastest(checkpoint)
@@ -64,6 +70,8 @@ def fewshot(
             raise ValueError(f"the answers differ: {way} does not answer as what is kept does")
     rates = {way: f"{len(prompts) / found['median']:.2f}" for way, found in figures(seconds).items()}
     told.print(table(f"{task}, {shots} shots, {len(prompts)} queries", seconds, {"queries a second": rates}))
+    for way in ways:
+        told.print(f"{way}: {WHAT[way]}", highlight=False)
     return {"task": task, "kind": kind, "shots": shots, "queries": len(prompts), **figures(seconds)}
 
 

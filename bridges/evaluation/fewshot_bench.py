@@ -13,7 +13,7 @@ from bridges.build import Assembled
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split
 from bridges.evaluation.fewshot_report import summary
-from bridges.evaluation.fewshot_tasks import Form, Items, Task, data_of, labels_of, measure
+from bridges.evaluation.fewshot_tasks import OPEN, Form, Items, Task, data_of, labels_of, measure
 from bridges.evaluation.metrics import majority
 from bridges.evaluation.run import namer
 from bridges.evaluation.tasks import LONGEST_ANSWER, LONGEST_CAPTION
@@ -99,9 +99,9 @@ class Bench:
     def trial(self, shots: int, seed: int, advance: Callable[[int], None]) -> dict[str, Figures]:
         """All queries once with their own pictures and once with each other's."""
         places, count = self.places(shots, seed), len(self.asked.items)
-        size = evenly(count, self.plan.batch)
         shared = all(some == places[0] for some in places)  # then they are read once for all
-        reader = FewShot(self.assembled, self.told(places[0], shots) if shared else [], self.features, size)
+        size = evenly(count, OPEN if shared else self.plan.batch)
+        reader = FewShot(self.assembled, self.told(places[0], shots) if shared else [], self.features, self.plan.batch)
         found = {}
         for shift, control in enumerate(CONTROLS):
             said: dict[str, list[str]] = {}

@@ -1,6 +1,7 @@
-"""One token after another: what chat and evaluation share."""
+"""One token after another, for one text or for many side by side: what chat, few-shot and evaluation share."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -11,8 +12,10 @@ from bridges.build import Assembled
 from bridges.data.batch import collate, pack
 from bridges.data.conversation import Turn
 from bridges.data.template import Encoded
+from bridges.model import BridgedModel
 from bridges.sight import Sight
 from bridges.towers.language import LanguageTower
+from bridges.towers.precision import for_few_tokens
 
 Choose = Callable[[Float[Tensor, "b vocab"]], Int[Tensor, "b"]]
 
@@ -48,6 +51,70 @@ def decode(
         positions = positions + 1
 
 
+class Begun(NamedTuple):
+    """Texts side by side, read up to their answers: logits of the first tokens, and what it takes to go on.
+
+    `mask` and `positions` as in `decode`.
+    """
+
+    logits: Float[Tensor, "b vocab"]
+    cache: Cache
+    mask: Int[Tensor, "b all"]
+    positions: Int[Tensor, "b"]
+    sight: Sight | None
+
+
+@torch.no_grad()
+def begin(model: BridgedModel, texts: Sequence[Encoded], features: Float[Tensor, "n p v"], longest: int) -> Begun:
+    """Read each text for itself, padded in front; answers of `longest` tokens at most will follow."""
+    language, lengths = model.language, [len(text.ids) for text in texts]
+    share = language.shares(max(lengths) + longest)
+    batch = collate([pack([text]) for text in texts], left=True, share=share).to(language.device)
+    images = {"features": features, "asked": batch.asked, "looks": batch.looks}
+    logits, cache, sight = model.prefill(batch.input_ids, batch.segments, batch.positions, **images)
+    positions = torch.tensor(lengths, device=language.device)
+    return Begun(logits, cache, (batch.segments >= 0).long(), positions, sight)
+
+
+@torch.no_grad()
+def say(
+    language: LanguageTower,
+    begun: Begun,
+    longest: int,
+    ended: Callable[[Sequence[int]], bool],
+    choose: Choose = greedy,
+    drop: bool = True,
+) -> list[list[int]]:
+    """The ids with which each text goes on: `longest` of them, or until it has `ended`.
+
+    A row that has ended is read no more, unless it is not to `drop`, or an encoder read it. `choose` gets logits of all
+    rows all the same, so that a row's draws do not depend on the others; those of an ended row are its last.
+    """
+    for_few_tokens(language.model)
+    logits, cache, mask, positions, sight = begun
+    said: list[list[int]] = [[] for _ in logits]
+    speaking = rows = list(range(len(said)))
+    while True:
+        chosen = choose(logits)
+        for row, token in zip(range(len(said)), chosen.tolist(), strict=True):
+            if row in speaking:
+                said[row].append(token)
+        speaking = [row for row in speaking if len(said[row]) < longest and not ended(said[row])]
+        if not speaking:
+            return said
+        if drop and not language.has_encoder and len(speaking) < len(rows):
+            index = torch.tensor([rows.index(row) for row in speaking], device=logits.device)
+            cache.batch_select_indices(index)
+            mask, positions, sight = mask[index], positions[index], sight and sight.rows(index)
+            rows = speaking
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        own = torch.tensor(rows, device=logits.device)
+        at = (torch.arange(len(rows), device=logits.device), torch.zeros_like(own))
+        tokens = language.embed(chosen[own, None])
+        logits = logits.index_copy(0, own, language(tokens, mask, positions[:, None], at, cache, sight))
+        positions = positions + 1
+
+
 @torch.no_grad()
 def answers(
     assembled: Assembled,
@@ -72,28 +139,14 @@ def go_on(
     max_new_tokens: int = 64,
     choose: Choose = greedy,
 ) -> list[list[int]]:
-    """The ids with which each text goes on, up to the longest answer of them. Otherwise as `answers`."""
-    model = assembled.model
-    language = model.language
-    rows = [pack([text]) for text in texts]
-    longest = max(len(row.ids) for row in rows)
-    room(language, longest, max_new_tokens)
+    """The ids with which each text goes on, its end included. Otherwise as `answers`."""
+    model, language = assembled.model, assembled.model.language
+    room(language, max(len(text.ids) for text in texts), max_new_tokens)
     if features is None:
-        features = model.vision(model.vision.preprocess([i for row in rows for i in row.images]).to(language.device))
-    batch = collate(rows, left=True, share=language.shares(longest + max_new_tokens)).to(language.device)
-    images = {"features": features, "asked": batch.asked, "looks": batch.looks}
-    logits, cache, sight = model.prefill(batch.input_ids, batch.segments, batch.positions, **images)
-    mask = (batch.segments >= 0).long()
-    lengths = torch.tensor([len(row.ids) for row in rows], device=language.device)
-    ends = torch.tensor(sorted(language.end_ids), device=language.device)
-    said: list[Tensor] = []
-    done = torch.zeros(len(rows), dtype=torch.bool, device=language.device)
-    for tokens in decode(language, logits, mask, lengths, cache, choose, sight):
-        said.append(tokens)
-        done |= torch.isin(tokens, ends)
-        if done.all() or len(said) == max_new_tokens:
-            break
-    return torch.stack(said, dim=1).tolist()
+        pictures = [image for text in texts for image in text.images]
+        features = model.vision(model.vision.preprocess(pictures).to(language.device))
+    begun = begin(model, texts, features, max_new_tokens)
+    return say(language, begun, max_new_tokens, lambda ids: ids[-1] in language.end_ids, choose)
 
 
 def spoken(language: LanguageTower, ids: Sequence[int]) -> str:

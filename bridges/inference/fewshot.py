@@ -13,15 +13,15 @@ import torch
 from bridges.build import Assembled
 from bridges.data.batch import collate, pack
 from bridges.data.template import IGNORE_INDEX, Encoded
-from bridges.inference.decoding import decode, room, until_end
+from bridges.inference.decoding import begin, room, say, until_end
 from bridges.inference.features import Features
 from bridges.inference.lines import lay, parts
 from bridges.inference.prompts import Plain, Prompt, follow, join
-from bridges.inference.reading import Kept, keep, read, speak
+from bridges.inference.reading import Kept, begin_after, keep, read
 from bridges.inference.scoring import Scores, Tree, check_labels, scores_of
 from bridges.objectives.language import target_nll
 
-LINE, SPOKEN = 256, 1024  # columns of a line; with those of answers
+LINE = 256  # columns of a line
 AT_ONCE = 2048  # columns of lines that are read side by side
 
 Ended = Callable[[Sequence[int]], bool]
@@ -49,8 +49,9 @@ class FewShot:
     """Answers queries that follow the same demonstrations, `shots`, or none: then each query brings its own.
 
     Every text is read once and every picture encoded once, however many queries come, in one call or in several;
-    `features` may be shared with others. Answers are as if each prompt was read alone and from its beginning, which
-    is what happens without `reuse`, and where the language model cannot share a beginning.
+    `features` may be shared with others. `batch` prompts are answered at once, or as many queries after what is kept
+    as take no more room. Answers are as if each prompt was read alone and from its beginning, which is what happens
+    without `reuse`, and where the language model cannot share a beginning.
     """
 
     def __init__(
@@ -81,9 +82,9 @@ class FewShot:
         self._fit(texts, max_new_tokens)
         texts, kept = self._after_shots(texts, max_new_tokens)
         said: list[list[int]] = []
-        for part in parts([len(text.ids) for text in texts], self.batch, AT_ONCE if kept else inf):
-            say = self._say_in_lines if kept else self._say_in_rows
-            said += say(texts[part], kept, max_new_tokens, lambda ids: self._ended(ids, stops))
+        sizes = [len(text.ids) for text in texts]
+        for part in parts(sizes, self._abreast(max(sizes, default=1) + max_new_tokens, kept), inf):
+            said += self._say(texts[part], kept, max_new_tokens, lambda ids: self._ended(ids, stops))
         return [self._words(ids, stops) for ids in said]
 
     @torch.no_grad()
@@ -132,36 +133,27 @@ class FewShot:
         self._kept = self._kept or keep(self.model, self.features, join(self.shots))
         return texts, self._kept
 
+    def _abreast(self, own: int, kept: Kept | None) -> int:
+        """How many texts of at most `own` tokens are read and answered side by side.
+
+        What is kept is there once, not `batch` times, and leaves its room to more of them: where reading the weights
+        takes longest, twice as many take little longer.
+        """
+        return self.batch * ((len(kept) if kept else 0) + own) // own
+
     def _left(self, kept: Kept | None) -> int | float:
         """Columns that a line may have after what is kept, so that it is not longer than a window."""
         window = self.model.language.window
         return inf if window is None else window - (len(kept) if kept else 0)
 
-    def _say_in_lines(self, texts: Sequence[Encoded], kept: Kept | None, longest: int, ended: Ended) -> list[list[int]]:
-        assert kept is not None
-        room = SPOKEN if self.model.language.window is None else 0  # a line for each: a window counts all its columns
-        lines = lay(texts, [Tree()] * len(texts), len(kept), self.features.device, longest, room)
-        return speak(self.model, read(self.model, self.features, texts, lines, kept), lines, longest, ended)
-
-    def _say_in_rows(self, texts: Sequence[Encoded], kept: Kept | None, longest: int, ended: Ended) -> list[list[int]]:
-        """Each text for itself, padded in front."""
-        assert kept is None
-        language, lengths = self.model.language, [len(text.ids) for text in texts]
-        rows = [pack([text]) for text in texts]
-        batch = collate(rows, left=True, share=language.shares(max(lengths) + longest)).to(self.features.device)
-        features = self.features([image for text in texts for image in text.images])
-        images = {"features": features, "asked": batch.asked, "looks": batch.looks}
-        logits, cache, sight = self.model.prefill(batch.input_ids, batch.segments, batch.positions, **images)
-        said: list[list[int]] = [[] for _ in texts]
-        speaking = said
-        positions = torch.tensor(lengths, device=self.features.device)
-        for tokens in decode(language, logits, (batch.segments >= 0).long(), positions, cache, sight=sight):
-            for ids, token in zip(said, tokens.tolist(), strict=True):
-                ids.append(token)
-            speaking = [ids for ids in speaking if not ended(ids)]
-            if not speaking or len(said[0]) == longest:
-                return said
-        raise AssertionError("tokens never end")
+    def _say(self, texts: Sequence[Encoded], kept: Kept | None, longest: int, ended: Ended) -> list[list[int]]:
+        """What follows each text. With nothing reused rows that have ended are read on, as elsewhere."""
+        if kept:
+            begun = begin_after(self.model, self.features, texts, kept)
+        else:
+            pictures = [image for text in texts for image in text.images]
+            begun = begin(self.model, texts, self.features(pictures), longest)
+        return say(self.model.language, begun, longest, ended, drop=self.reuse)
 
     def _ended(self, ids: Sequence[int], stops: Sequence[str]) -> bool:
         language = self.model.language
@@ -174,7 +166,7 @@ class FewShot:
         return words[:cut].lstrip(" ").rstrip("\N{REPLACEMENT CHARACTER}")
 
     def _score_in_lines(self, texts: Sequence[Encoded], trees: Sequence[Tree], kept: Kept | None) -> Scores:
-        lines = lay(texts, trees, len(kept) if kept else 0, self.features.device, 0, min(LINE, self._left(kept)))
+        lines = lay(texts, trees, len(kept) if kept else 0, self.features.device, min(LINE, self._left(kept)))
         return scores_of(read(self.model, self.features, texts, lines, kept).logits, trees)
 
     def _score_in_rows(self, texts: Sequence[Encoded], trees: Sequence[Tree], kept: Kept | None) -> Scores:

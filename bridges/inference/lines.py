@@ -18,15 +18,12 @@ def evenly(count: int, most: int) -> int:
     return ceil(count / max(1, ceil(count / most)))
 
 
-def parts(sizes: Sequence[int], most: int, room: int | float, more: int = 0) -> list[slice]:
-    """Which texts stand together: about equally many, `most` at most, with `room` for all their tokens.
-
-    After each of them `more` tokens may follow, which fit too.
-    """
+def parts(sizes: Sequence[int], most: int, room: int | float) -> list[slice]:
+    """Which texts stand together: about equally many, `most` at most, with `room` for all their tokens."""
     starts, together = [0], evenly(len(sizes), most)
     for place in range(1, len(sizes)):
         count, columns = place + 1 - starts[-1], sum(sizes[starts[-1] : place + 1])
-        if count > together or columns + count * more > room:
+        if count > together or columns > room:
             starts.append(place)
     return [slice(*ends) for ends in zip(starts, [*starts[1:], len(sizes)], strict=True)] if sizes else []
 
@@ -41,8 +38,8 @@ class Lines:
                                             car       x | x x . x | .
                                             c         x | . . . . | x
 
-    `told` are the places (lines, columns) whose logits tell the next token, the last of each text and its nodes;
-    `ends` are only the former. Padding sees itself and what is kept.
+    `told` are the places (lines, columns) whose logits tell the next token, the last of each text and its nodes.
+    Padding sees itself and what is kept.
     """
 
     ids: Int[Tensor, "b w"]
@@ -50,7 +47,6 @@ class Lines:
     looks: Int[Tensor, "b w"]
     sees: Bool[Tensor, "b w all"]
     told: tuple[Int[Tensor, "s"], Int[Tensor, "s"]]
-    ends: tuple[Int[Tensor, "n"], Int[Tensor, "n"]]
 
 
 def lay(
@@ -58,21 +54,18 @@ def lay(
     trees: Sequence[Tree],
     before: int,
     device: torch.device,
-    more: int = 0,
     room: int | float = inf,
 ) -> Lines:
-    """Texts after `before` kept columns, end to end in a line, or in several where they would not fit the `room`, with
-    `more` tokens that may follow each of them.
+    """Texts after `before` kept columns, end to end in a line, or in several where they would not fit the `room`.
 
-    Every token pays for all columns of its line, and every line for a copy of what is kept. Pictures are numbered
-    through all texts.
+    Every token pays for all columns of its line. Pictures are numbered through all texts.
     """
     sizes = [len(text.ids) + len(tree.inner) for text, tree in zip(texts, trees, strict=True)]
-    lines = parts(sizes, len(sizes), room, more)
+    lines = parts(sizes, len(sizes), room)
     width = max(sum(sizes[line]) for line in lines)
     ids, positions, looks = (torch.zeros(len(lines), width, dtype=torch.long) for _ in range(3))
     sees = torch.eye(width, dtype=torch.bool).repeat(len(lines), 1, 1)
-    told, ends, pictures = [], [], 0
+    told, pictures = [], 0
     for row, line in enumerate(lines):
         start = 0
         for text, tree in zip(texts[line], trees[line], strict=True):
@@ -82,12 +75,11 @@ def lay(
             positions[row, start:end] = torch.tensor([*range(before, before + size), *(before + d for d in depths)])
             own = [look + pictures * (look > 0) for look in text.looks]
             looks[row, start:end] = torch.tensor(own + own[-1:] * len(tree.inner))
-            ends.append((row, start + size - 1))
             told += [(row, column) for column in range(start + size - 1, end)]
             start, pictures = end, pictures + len(text.images)
     sees = F.pad(sees, (before, 0), value=True)
     ids, positions, looks, sees = (x.to(device) for x in (ids, positions, looks, sees))
-    return Lines(ids, positions, looks, sees, places(told, device), places(ends, device))
+    return Lines(ids, positions, looks, sees, places(told, device))
 
 
 def with_tree(size: int, tree: Tree) -> tuple[Bool[Tensor, "t t"], list[int]]:

@@ -1,9 +1,9 @@
-"""The language model over several texts end to end, each as if it stood alone, after one that was read before.
+"""The language model over several texts, each as if it stood alone, after one that was read before.
 
-What was read before is kept once and copied for nobody, nothing is padded, and a text that has ended costs nothing.
+What was read before is kept once, for all of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from bridges.data.template import Encoded
-from bridges.inference.decoding import greedy
+from bridges.inference.decoding import Begun
 from bridges.inference.features import Features
 from bridges.inference.lines import Lines, lay
 from bridges.inference.scoring import Tree
@@ -50,10 +50,7 @@ def read(
     """Lines of texts, each after what is kept."""
     pictures = [image for text in texts for image in text.images]
     slots, memory = model.see(features=features(pictures), asked=[words for text in texts for words in text.asked])
-    cache = model.language.empty_cache()
-    count = len(lines.ids)
-    for index, (keys, values) in enumerate(kept.keys_values if kept else ()):  # a copy: a cache is changed in place
-        cache.update(keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1), index)
+    cache = model.language.cache_after(kept.keys_values) if kept else model.language.empty_cache()
     seen = sight_of(model, memory, lines, kept)
     embeds, mask = model.embed(lines.ids, slots), additive(lines.sees, model.language.dtype)
     logits = model.language(embeds, mask, lines.positions, lines.told, cache, seen)
@@ -66,6 +63,18 @@ def keep(model: BridgedModel, features: Features, text: Encoded) -> Kept:
     found = read(model, features, [text], lines)
     layers: Any = found.cache.layers
     return Kept([(layer.keys, layer.values) for layer in layers], lines.looks, found.memory)
+
+
+@torch.no_grad()
+def begin_after(model: BridgedModel, features: Features, texts: Sequence[Encoded], kept: Kept) -> Begun:
+    """Read each text for itself after what is kept; answers will follow."""
+    lines = lay(texts, [Tree()] * len(texts), len(kept), features.device, room=0)
+    found = read(model, features, texts, lines, kept)
+    rows, ends = lines.told
+    sight = found.sight and Sight(
+        found.sight.blocks, found.sight.seen, found.sight.mask[rows[:, None], :, ends[:, None]]
+    )
+    return Begun(found.logits, found.cache, lines.sees[rows, ends].long(), lines.positions[rows, ends] + 1, sight)
 
 
 def sight_of(model: BridgedModel, memory: Tensor | None, lines: Lines, kept: Kept | None) -> Sight | None:
@@ -94,37 +103,3 @@ def additive(sees: Bool[Tensor, "b w all"], dtype: torch.dtype) -> Float[Tensor,
     """The mask that transformers takes: 0 where a column is seen."""
     blocked = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
     return rearrange(blocked.masked_fill_(~sees, torch.finfo(dtype).min), "b q k -> b 1 q k")
-
-
-def speak(
-    model: BridgedModel, found: Read, lines: Lines, longest: int, ended: Callable[[Sequence[int]], bool]
-) -> list[list[int]]:
-    """The likeliest tokens after each text, in its line: `longest` of them or until it has `ended`."""
-    rows, ends = lines.ends
-    said: list[list[int]] = [[] for _ in rows]
-    speaking, tokens = list(range(len(said))), greedy(found.logits)
-    sees, positions = lines.sees[rows, ends], lines.positions[rows, ends]
-    looks = found.sight and found.sight.mask[rows, 0, ends]
-    while True:
-        for text, token in zip(speaking, tokens.tolist(), strict=True):
-            said[text].append(token)
-        going = [place for place, text in enumerate(speaking) if not ended(said[text]) and len(said[text]) < longest]
-        if not going:
-            return said
-        speaking = [speaking[place] for place in going]
-        rows, tokens, positions = rows[going], tokens[going], positions[going] + 1
-        columns = torch.cat([torch.arange(int(n), device=rows.device) for n in rows.bincount() if n])
-        at, shape = (rows, columns), (len(lines.ids), int(columns.max()) + 1)  # the others of a line are padding
-        sees = torch.cat([sees[going], F.one_hot(columns, shape[1]).bool()], dim=1)
-        ids, places, mask = tokens.new_zeros(shape), positions.new_zeros(shape), sees.new_zeros(*shape, sees.shape[1])
-        mask[..., -shape[1] :] = torch.eye(shape[1], dtype=torch.bool, device=mask.device)  # padding sees itself
-        ids[at], places[at], mask[at] = tokens, positions, sees
-        seen = None
-        if found.sight and looks is not None:
-            looks = looks[going]
-            some = looks.new_zeros(*shape, looks.shape[1])
-            some[at] = looks
-            seen = Sight(found.sight.blocks, found.sight.seen, some[:, None])
-        embeds = model.language.embed(ids)
-        logits = model.language(embeds, additive(mask, model.language.dtype), places, at, found.cache, seen)
-        tokens = greedy(logits)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedTokenizerBase
 
 from bridges.sight import Sight
+from bridges.towers.beginning import Followers, KeysValues, can_read_apart, read_apart
 from bridges.towers.bundled import quiet_transformers, resolve
 from bridges.towers.precision import fastest_dtype
 from bridges.towers.quantized import Bits, quantize
@@ -142,7 +143,7 @@ class LanguageTower(nn.Module):
         arguments: dict[str, Any] = {"inputs_embeds": embeds.to(self.dtype), "attention_mask": attention_mask}
         if self.takes_positions:
             arguments["position_ids"] = positions
-        with self._head_sees(at, sight):
+        with self._head_sees(at, sight), read_apart(self.model.config, cache):
             output = self.model(**arguments, past_key_values=cache, use_cache=cache is not None)
         return output.logits[0]
 
@@ -172,6 +173,10 @@ class LanguageTower(nn.Module):
 
     def empty_cache(self) -> Cache:
         return DynamicCache(config=self.model.config)
+
+    def cache_after(self, before: Sequence[KeysValues]) -> Cache:
+        """For rows that follow what has been read, keys and values by layer, which nobody copies or changes."""
+        return Followers(before, can_read_apart(self.model))
 
     def mark(self) -> None:
         """From now on the weights as they are tell this model from others."""

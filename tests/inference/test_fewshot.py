@@ -20,6 +20,7 @@ from bridges.inference.fewshot import FewShot, complete, score
 from bridges.inference.lines import evenly, parts
 from bridges.inference.prompts import Prompt, turns_of
 from bridges.inference.scoring import tree_of
+from bridges.towers import beginning
 
 GATED: dict[str, Any] = dict(name="flamingo", latents=5, depth=1, resampler_heads=2, resampler_head_dim=8)
 GATED |= dict(heads=2, head_dim=8, inner=24)
@@ -27,6 +28,8 @@ BRIDGES: dict[str, dict[str, Any]] = {
     "projector": dict(name="projector", merge="average", factor=2),
     "flamingo": GATED,
     "flamingo that sees all": GATED | dict(sees="all"),
+    "qformer": dict(name="qformer", queries=3, layers=2, width=32, heads=4, inner=48),
+    "resampler": dict(name="resampler", latents=3, depth=2, heads=2, head_dim=8),
 }
 LABELS = [" cat", " car", " cat and a dog", " house", " two small birds"]
 
@@ -123,10 +126,47 @@ def test_a_batch_scores_and_says_what_each_query_does_alone(
     model: Assembled, shots: list[Prompt], queries: list[Prompt]
 ) -> None:
     model.model.language.end_ids = frozenset()
-    reader, one = FewShot(model, shots, batch=3), FewShot(model, shots)
-    assert reader.complete(queries, 8) == [one.complete([query], 8)[0] for query in queries]
+    reader, one = FewShot(model, shots, batch=1), FewShot(model, shots)
+    said, read = [one.complete([query], 8)[0] for query in queries], widths(model)
+    assert reader.complete(queries, 8) == said
+    before, own = read[0][1], max(width for _, width in read[1:]) + 8
+    assert 1 < max(rows for rows, _ in read) <= (before + own) // own, "the room of one whole prompt"
+    read.clear()
+    assert FewShot(model, shots, batch=3, reuse=False).complete(queries, 8) == said
+    assert max(rows for rows, _ in read) == 2, "equally many"
     expected = torch.cat([one.score([query], LABELS).total for query in queries])
     torch.testing.assert_close(reader.score(queries, LABELS).total, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["apart", "written out", "not its own attention"])
+def test_in_every_family_a_batch_says_what_each_whole_prompt_alone_does(
+    family_folder: Path,
+    how: str,
+    recipe: Recipe,
+    shots: list[Prompt],
+    queries: list[Prompt],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows end at different steps and drop out, however the attention gets to what is kept."""
+    recipe.language.name = str(family_folder)
+    assembled = build(recipe)
+    language = assembled.model.language
+    language.end_ids = frozenset()
+    if how == "written out":
+        monkeypatch.setattr(beginning, "MOST", 0)
+    if how == "not its own attention":
+        language.model.set_attn_implementation("eager")
+    expected = [complete(assembled, [whole(shots, query)], 10)[0] for query in queries]
+    reader, read = FewShot(assembled, shots), widths(assembled)
+    assert reader.complete(queries, 10) == expected
+    assert {rows for rows, _ in read[1:]} == {len(queries)}
+    stops = [text[len(text) // 2 :][:2] for text in expected if len(text) > 4]
+    read.clear()
+    assert reader.complete(queries, 10, stops) == [
+        complete(assembled, [whole(shots, query)], 10, stops)[0] for query in queries
+    ]
+    assert read[-1][0] < len(queries), "a row that has ended is read no more"
+    assert reader.complete(queries, 10) == expected, "what is kept stays as it was"
 
 
 def test_pictures_matter_and_so_do_those_of_the_shots(
@@ -291,8 +331,8 @@ def test_batches_are_of_like_size() -> None:
     assert [evenly(count, 32) for count in (0, 1, 32, 33, 64, 100)] == [0, 1, 32, 17, 32, 25]
     assert parts([9] * 5, 3, 99) == [slice(0, 3), slice(3, 5)]
     assert parts([9, 9, 30, 1], 4, 20) == [slice(0, 2), slice(2, 3), slice(3, 4)]
-    assert parts([9, 9, 9], 4, 28, 5) == [slice(0, 2), slice(2, 3)]
-    assert parts([], 4, 28, 5) == []
+    assert parts([9, 9, 9], 4, 28) == [slice(0, 3)]
+    assert parts([], 4, 28) == []
 
 
 def test_a_tree_has_every_common_beginning_once() -> None:
@@ -371,7 +411,6 @@ def test_in_several_lines_all_is_said_and_scored_as_in_one(
     model.model.language.end_ids = frozenset(ids[place % 4 + 1] for place, ids in enumerate(said) if len(ids) > 5)
     reader, read = FewShot(model, shots), widths(model)
     one = reader.complete(queries * 2, 12), reader.score(queries * 2, LABELS).total
-    monkeypatch.setattr("bridges.inference.fewshot.SPOKEN", 60)
     monkeypatch.setattr("bridges.inference.fewshot.LINE", 60)
     read.clear()
     assert reader.complete(queries * 2, 12) == one[0] == FewShot(model, shots, reuse=False).complete(queries * 2, 12)
