@@ -312,7 +312,7 @@ def benchmark(
             every so many steps, outside of what is timed
         image: of chat, a picture of the conversation; give the option twice, or not at all
         task: of fewshot, captions, questions (vqa), or labels by their likelihood (classify)
-        kind: of fewshot, kind of the questions, such as background
+        kind: of fewshot, kind of the questions, such as background; of growth what grows, such as slots, by default all
         shots: of fewshot, how many demonstrations
         queries: of fewshot, how many queries
         context: of score, tokens before a label
@@ -322,7 +322,7 @@ def benchmark(
     if what == "growth":
         from bridges.benchmark.growth import growth
 
-        growth(subject, rounds, batch or 2, plot, json)
+        growth(subject, rounds, batch or 2, plot, json, kind)
         return
     if what == "train":
         from bridges.benchmark.train import train

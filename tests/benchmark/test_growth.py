@@ -85,6 +85,13 @@ def test_the_command_prints_tables_and_plots_them(
         assert kept[axis][0]["size"] == AXES[axis][0]
 
 
+def test_what_cannot_grow_is_one_line(given: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["benchmark", "growth", given(PROJECTOR), "--kind", "hair"])
+    assert stopped.value.code == 2
+    assert "what can grow are slots, texts" in capsys.readouterr().err
+
+
 def test_a_sentence_says_where_seconds_and_multiplications_part() -> None:
     def point(size: int, seconds: float, products: float) -> Point:
         return Point(size, size, seconds, seconds, seconds, size * 1e9, products)
