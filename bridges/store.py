@@ -82,6 +82,10 @@ class Store:
     def __len__(self) -> int:
         return len(self._places) + len(self._waiting)
 
+    def __bool__(self) -> bool:
+        """An empty store is one too, and to be filled."""
+        return True
+
     def __call__(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n p v"]:
         """In float32 on the CPU. ValueError where there is no space, or features are beyond what `form` can hold."""
         if not pictures:

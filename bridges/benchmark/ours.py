@@ -106,7 +106,7 @@ def run(pipe: Connection, task: Task, name: str) -> None:
     accelerator = open_accelerator(recipe)
     engine = open_engine(accelerator, model, adam(model, recipe), None)
     steps = examples(task)
-    ahead = encoded(stage.store, steps) if name == "cache" and stage.store else (0.0, 0)
+    ahead = encoded(stage.store, steps) if name == "cache" and stage.store is not None else (0.0, 0)
     held = [stage.batch(some) for some in held_out(task)]
 
     def prepared(step: int) -> list[Share]:

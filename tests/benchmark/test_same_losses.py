@@ -69,7 +69,7 @@ def losses(task: Task, steps: list[list[Example]], batches: list[Batch], off: li
     engine = Engine(Accelerator(cpu=True), model, adam(model, task.recipe))
     shares = ([Share("scenes", 1.0, [batch])] for batch in batches)
     found = [train_step(engine, share, task.recipe.train.clip, stage.loss)["loss"] for share in shares]
-    if stage.store:
+    if stage.store is not None:
         assert stage.store.encoded == len({id(example) for some in steps for example in some}), "nothing was kept"
     return found
 
