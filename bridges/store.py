@@ -51,10 +51,13 @@ class Store:
 
     What is kept is `bridge.reduced(features)`, so that no more is read than trains. `fp32` is exact, `fp16` rounds to
     11 bits (error about 0.02 %), `int8` has a scale for each patch (error below 1 / 254 of its largest channel).
-    `encoded` counts what the encoder had to look at. Calls may come from several threads.
+    `encoded` counts what the encoder had to look at. Calls may come from several threads. All runs find it, unless a
+    `folder` of its own is given.
     """
 
-    def __init__(self, vision: VisionTower, bridge: Bridge, form: Form, budget: float) -> None:
+    def __init__(
+        self, vision: VisionTower, bridge: Bridge, form: Form, budget: float, folder: Path | None = None
+    ) -> None:
         assert form in get_args(Form)
         self.vision, self.bridge, self.budget = vision, bridge, budget
         self.form: Form = form
@@ -65,7 +68,7 @@ class Store:
         digest = blake2b(f"{vision.fingerprint()} {vision.dtype} {LAYOUT}".encode(), digest_size=12)
         for tensor in (reduced, *vision.encoder.state_dict().values()):
             digest.update(bytes_of(tensor))
-        self.shelf = cache_folder() / "features" / f"{digest.hexdigest()}-{form}"
+        self.shelf = (folder or cache_folder() / "features") / f"{digest.hexdigest()}-{form}"
         self.encoded = 0
         self._places: dict[str, tuple[Path, int]] = {}
         self._known: set[Path] = set()
@@ -78,6 +81,10 @@ class Store:
 
     def __len__(self) -> int:
         return len(self._places) + len(self._waiting)
+
+    def __bool__(self) -> bool:
+        """An empty store is one too, and to be filled."""
+        return True
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n p v"]:
         """In float32 on the CPU. ValueError where there is no space, or features are beyond what `form` can hold."""

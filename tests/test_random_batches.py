@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bridges.build import Assembled, build
 from bridges.data.batch import Batch, Row, collate, rows_of
-from bridges.data.conversation import Conversation, Example, Turn
+from bridges.data.conversation import Conversation, Example, Turn, images_of
 from bridges.objectives.language import target_nll
 
 GATED: dict[str, Any] = dict(name="flamingo", latents=3, depth=1, resampler_heads=2, heads=2, head_dim=8, inner=24)
@@ -25,6 +25,7 @@ BRIDGES: dict[str, dict[str, Any]] = {
     "flamingo, all seen": {**GATED, "sees": "all", "tag": "learnt"},
 }
 WORDS = " ".join(SENTENCES).split()
+SEEDS = (0, 1, 3, 4)
 
 
 @pytest.fixture(scope="module", params=BRIDGES)
@@ -74,15 +75,26 @@ def learnt(model: Assembled, batches: list[Batch]) -> tuple[Tensor, Tensor]:
     return torch.cat(found), torch.cat(gradients).clone()
 
 
-@pytest.mark.parametrize("seed", range(4))
+def seeded(seed: int) -> list[Example]:
+    """Examples with pictures of noise, of different sizes."""
+    rng, noise = Random(seed), np.random.default_rng(seed)
+    sizes = [(rng.randint(20, 50), rng.randint(20, 50), 3) for _ in range(5)]
+    pictures = [Image.fromarray(noise.integers(0, 255, size, dtype=np.uint8)) for size in sizes]
+    return drawn(rng, pictures)
+
+
+def test_the_seeds_draw_every_number_of_texts_and_pictures() -> None:
+    examples = [example for seed in SEEDS for example in seeded(seed)]
+    assert {len(example.conversations) for example in examples} == set(range(1, 7))
+    pictures = {len(images_of(text.turns)) for example in examples for text in example.conversations}
+    assert pictures >= set(range(5))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_every_way_to_compute_a_batch_has_the_same_losses_and_gradients(
     model: Assembled, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rng = Random(seed)
-    noise = np.random.default_rng(seed)
-    sizes = [(rng.randint(20, 50), rng.randint(20, 50), 3) for _ in range(5)]
-    pictures = [Image.fromarray(noise.integers(0, 255, size, dtype=np.uint8)) for size in sizes]
-    examples = drawn(rng, pictures)
+    examples = seeded(seed)
     vision = model.model.vision
 
     def batch(rows: list[Row]) -> Batch:

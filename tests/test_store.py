@@ -109,6 +109,7 @@ def test_a_second_run_encodes_nothing_and_a_stopped_one_goes_on_exactly(
 ) -> None:
     run.vision.cache = "fp16"
     whole = train(replace(run, output=str(tmp_path / "whole")))
+    assert any((tmp_path / "cache" / "features").rglob("*.safetensors")), "the first run kept nothing on its way"
     looked: list[int] = []
     monkeypatch.setattr(Store, "look", lambda _, pictures: looked.append(len(pictures)))
     half = replace(run, output=str(tmp_path / "half"))

@@ -5,6 +5,7 @@ import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import nan
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter, process_time
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from bridges.config import Recipe
 from bridges.data.conversation import Example
-from bridges.data.pictures import SkipBroken
+from bridges.data.pictures import MapStyle, SkipBroken
 from bridges.data.sources import open_split
 from bridges.training.feed import order
 
@@ -24,32 +25,43 @@ FIRST = "bridge.safetensors"
 
 @dataclass(frozen=True)
 class Task:
-    """The recipe, `texts` of every picture, how many `steps` there may be, and a `folder` for the first weights."""
+    """The recipe, `texts` of every picture, how many `steps` there may be, and a `folder` for the first weights.
+
+    After every lap the loss of so many `held` out pictures is measured, outside of what is timed.
+    """
 
     recipe: Recipe
     texts: int
     steps: int
     folder: Path
+    held: int = 0
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The first step's mean loss (nats a target), and where its gradient is: the bridge's, by our names."""
+    """The first step's mean loss (nats a target), and where its gradient is: the bridge's, by our names.
+
+    Before that so many pictures were encoded ahead, in so many seconds, by who keeps features.
+    """
 
     loss: float
     targets: int
     tokens: int
     gradient: Path
+    ahead: float = 0.0
+    pictures: int = 0
 
 
 @dataclass(frozen=True)
 class Lap:
-    """Some steps: seconds a step on the wall and of all cores, targets a step, the last one's loss."""
+    """Some steps: seconds a step on the wall and of all cores, targets a step, the last one's loss, and after it that
+    of held-out pictures, where there are any."""
 
     seconds: float
     cpu: float
     targets: float
     loss: float
+    held_out: float = nan
 
 
 @dataclass(frozen=True)
@@ -78,24 +90,47 @@ def examples(task: Task) -> list[list[Example]]:
 
     Raises ValueError for a picture with fewer.
     """
-    recipe = task.recipe
-    data = recipe.data
+    settings, rows = task.recipe.train, opened(task, "train")
+    steps = [order(step, settings.batch, len(rows), settings.seed) for step in range(task.steps)]
+    known = {i: some(rows, i, task) for i in dict.fromkeys(i for places in steps for i in places)}
+    return [[known[i] for i in places] for places in steps]
+
+
+def held_out(task: Task) -> list[list[Example]]:
+    """The pictures that all are measured on, in batches of the size of a step."""
+    rows, size = opened(task, "val"), task.recipe.train.batch
+    found = [some(rows, i, task) for i in range(min(task.held, len(rows)))]
+    return [found[at : at + size] for at in range(0, len(found), size)]
+
+
+def opened(task: Task, split: str) -> MapStyle[Example]:
+    data = task.recipe.data
     if data.source == "scenes":  # as many captions as are asked for
         data = replace(data, captions=task.texts, questions=0.0)
-    rows = SkipBroken(open_split(data, "train"))
-    steps = [order(step, recipe.train.batch, len(rows), recipe.train.seed) for step in range(task.steps)]
-    found = [[Example(rows[i].conversations[: task.texts]) for i in places] for places in steps]
-    fewest = min(len(example.conversations) for step in found for example in step)
-    if fewest < task.texts:
-        raise ValueError(f"{data.source} has a picture with {fewest} texts; ask for no more with --texts")
+    return SkipBroken(open_split(data, split))
+
+
+def some(rows: MapStyle[Example], index: int, task: Task) -> Example:
+    """Of one picture as many texts as are asked for. Raises ValueError where it has fewer."""
+    found = Example(rows[index].conversations[: task.texts])
+    if len(found.conversations) < task.texts:
+        source, there = task.recipe.data.source, len(found.conversations)
+        raise ValueError(f"{source} has a picture with {there} texts; ask for no more with --texts")
     return found
 
 
-def ready(task: Task, name: str, loss: float, counted: tuple[int, int], gradient: dict[str, Tensor]) -> Ready:
+def ready(
+    task: Task,
+    name: str,
+    loss: float,
+    counted: tuple[int, int],
+    gradient: dict[str, Tensor],
+    ahead: tuple[float, int] = (0.0, 0),
+) -> Ready:
     """`counted`: targets, and tokens that were computed with, padding included."""
     path = task.folder / f"{name}.safetensors"
     save_file({key: tensor.detach().float().contiguous() for key, tensor in gradient.items()}, path)
-    return Ready(loss, *counted, path)
+    return Ready(loss, *counted, path, *ahead)
 
 
 class Clock:

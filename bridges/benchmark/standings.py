@@ -24,7 +24,9 @@ PEERS = {"projector": "Llava", "qformer": "Blip2", "flamingo": "Idefics"}
 def what(racer: Racer, task: Task) -> str:
     """What a contestant is, in words."""
     if racer.name in OURS:
-        return OURS[racer.name][0] or "this toolkit"
+        told = racer.told
+        kept = f" ({told.pictures} encoded before, in {told.ahead:.1f} s)" if told and told.pictures else ""
+        return (OURS[racer.name][0] or "this toolkit") + kept
     model = PEERS.get(task.recipe.bridge["name"], "?")
     return {
         "tuned": f"{model} + Trainer, tuned: fp32, sdpa",

@@ -1,7 +1,7 @@
 """A model of transformers under HF's Trainer as a contestant: the same steps, led from outside by a callback."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from bridges.benchmark.contest import FIRST, Clock, Task, examples, ready
+from bridges.benchmark.contest import FIRST, Clock, Lap, Task, examples, held_out, ready
 from bridges.benchmark.peers import PEERS
 from bridges.build import build_bridge, vision_tower
 from bridges.data.batch import shorten
@@ -66,10 +66,10 @@ class Collator:
 
 
 class Gate(TrainerCallback):
-    """Lets the Trainer go on for as many steps as are asked for, and tells how long they took."""
+    """Lets the Trainer go on for as many steps as are asked for, and tells how long they took; `look` is taken then."""
 
-    def __init__(self, pipe: Connection) -> None:
-        self.pipe, self.left, self.clock = pipe, 0, Clock()
+    def __init__(self, pipe: Connection, look: Callable[[Lap], Lap]) -> None:
+        self.pipe, self.look, self.left, self.clock = pipe, look, 0, Clock()
         self.loss, self.targets = 0.0, 0
 
     def wait(self, control: TrainerControl) -> None:
@@ -84,7 +84,7 @@ class Gate(TrainerCallback):
         self.clock.tick(self.loss, self.targets)
         self.left -= 1
         if not self.left:
-            self.pipe.send(self.clock.lap())
+            self.pipe.send(self.look(self.clock.lap()))
             self.wait(control)
 
 
@@ -119,8 +119,9 @@ def run(pipe: Connection, task: Task, name: str) -> None:
     model, names = PEERS[type(bridge)](vision, language, bridge, image_id)
     take(model, names, load_file(task.folder / FIRST))
 
-    gate = Gate(pipe)
     collate = Collator(vision, image_id, tagged=not bridge.num_slots)
+    held = [collate([texts_of(some, template, recipe.data.max_length)]) for some in held_out(task)]
+    gate = Gate(pipe, lambda lap: replace(lap, held_out=loss_of(model, held)) if held else lap)
     trainer = trainer_of(name, model, steps, collate, gate, task, tokenizer)
     batch = collate(steps[:1])
     targets = int((batch["labels"] != IGNORE_INDEX).sum())
@@ -129,6 +130,16 @@ def run(pipe: Connection, task: Task, name: str) -> None:
     pipe.send(ready(task, name, float(loss), (targets, batch["input_ids"].numel()), gradient))
     model.zero_grad()
     trainer.train()
+
+
+@torch.no_grad()
+def loss_of(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:
+    """Mean over all targets, asleep."""
+    model.eval()
+    counts = [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches]
+    total = sum(float(model(**batch).loss) * count for batch, count in zip(batches, counts, strict=True))
+    model.train()
+    return total / sum(counts)
 
 
 def trainer_of(

@@ -4,7 +4,8 @@ Every contestant has a process of its own; they take turns, A B A B, so that wha
 """
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,24 +47,30 @@ def train(
     Nothing is timed unless first loss and gradient are those of `ours`. Raises ValueError where they are not, and for
     what cannot be compared.
     """
-    chosen = list(contestant) or USUAL
-    known = [*ours.OURS, *theirs.DTYPES]
-    if wrong := [name for name in chosen if name not in known]:
-        raise ValueError(f"no contestant {wrong[0]!r}; there are {', '.join(known)}")
     enough(rounds)
-    if min(steps, texts) < 1:
-        raise ValueError(f"{steps} steps a round, {texts} texts a picture: at least 1 of each")
+    names = named(contestant or USUAL, steps, texts)
     read = read_recipe(recipe)
     told = console or Console()
     with TemporaryDirectory() as folder:
         read = settled(read, vision, batch, Path(folder))
         task = Task(read, texts, steps=WARM + 1 + rounds * steps, folder=Path(folder))
-        racers = race(task, ["ours", *(name for name in chosen if name != "ours")], rounds, steps)
+        with contest(task, names) as racers:
+            race(racers, rounds, steps)
     state = machine()
     told.print(table(racers, task, rounds, steps), state)
     if json is not None:
         write_standings(Path(json), racers, task, rounds, steps, state)
     return racers
+
+
+def named(contestant: Sequence[str], steps: int, texts: int) -> list[str]:
+    """Ours, and those that are to be beside it. ValueError for one that there is not, or for nothing to do."""
+    known = [*ours.OURS, *theirs.DTYPES]
+    if wrong := [name for name in contestant if name not in known]:
+        raise ValueError(f"no contestant {wrong[0]!r}; there are {', '.join(known)}")
+    if min(steps, texts) < 1:
+        raise ValueError(f"{steps} steps a round, {texts} texts a picture: at least 1 of each")
+    return ["ours", *(name for name in contestant if name != "ours")]
 
 
 def settled(recipe: Recipe, vision: str | None, batch: int | None, folder: Path) -> Recipe:
@@ -79,8 +86,12 @@ def settled(recipe: Recipe, vision: str | None, batch: int | None, folder: Path)
     return recipe if vision is None else replace(recipe, vision=replace(recipe.vision, name=vision, layer=-1))
 
 
-def race(task: Task, names: Sequence[str], rounds: int, steps: int) -> list[Racer]:
-    """All contestants, those among them that take no part included. ValueError where one does not compute the same."""
+@contextmanager
+def contest(task: Task, names: Sequence[str]) -> Iterator[list[Racer]]:
+    """All contestants, before their first step, those among them that take no part included.
+
+    Raises ValueError where one does not compute the same. They end with the context.
+    """
     absent = {name: "not installed" for name in names if name == "trl" and find_spec("trl") is None}
     racers: list[Racer] = []
     try:
@@ -91,24 +102,31 @@ def race(task: Task, names: Sequence[str], rounds: int, steps: int) -> list[Race
         racers += [start(task, name) for name in names[1:] if name not in absent]
         for racer in racers[1:]:
             hear(racer)
-        running = [racer for racer in racers if not racer.absent]
-        if running == racers[:1] and len(racers) > 1:
+        if len(running(racers)) == 1 < len(racers):
             raise ValueError(f"{racers[1].name} takes no part: {racers[1].absent}")
-        compare(running)
-        for racer in running:
-            lap(racer, WARM)
-        for _ in range(rounds):
-            for racer in running:
-                racer.laps.append(lap(racer, steps))
-        for racer in running:
-            racer.pipe.send(0)
-            racer.memory = answer(racer)
+        compare(running(racers))
+        unheard = [Racer(name, racers[0].pipe, None, absent=why) for name, why in absent.items()]
+        yield sorted(racers + unheard, key=lambda racer: names.index(racer.name))
     finally:
         for racer in racers:
             racer.process.kill()
             racer.process.join()
-    unheard = [Racer(name, racers[0].pipe, None, absent=why) for name, why in absent.items()]
-    return sorted(racers + unheard, key=lambda racer: names.index(racer.name))
+
+
+def running(racers: Sequence[Racer]) -> list[Racer]:
+    return [racer for racer in racers if not racer.absent]
+
+
+def race(racers: Sequence[Racer], rounds: int, steps: int) -> None:
+    """Round after round, each in its turn; then what each needed of memory."""
+    for racer in running(racers):
+        lap(racer, WARM)
+    for _ in range(rounds):
+        for racer in running(racers):
+            racer.laps.append(lap(racer, steps))
+    for racer in running(racers):
+        racer.pipe.send(0)
+        racer.memory = answer(racer)
 
 
 def start(task: Task, name: str) -> Racer:

@@ -150,12 +150,43 @@ def test_the_command_prints_a_table_and_names_who_is_absent(
     assert kept["ours"]["peak bytes"] > 1e8
 
 
+def test_training_to_a_loss_takes_all_the_same_steps_and_tells_the_seconds(
+    given: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("COLUMNS", "250")
+    recipe = given(PROJECTOR)
+    recipe["train"] |= {"steps": 12, "lr": 1e-2, "evaluate_size": 5}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    figures = tmp_path / "figures.json"
+
+    def trained(loss: float) -> tuple[str, dict[str, Any]]:
+        asked = ["--until", str(loss), "--steps", "3", "--texts", "2", "--json", str(figures)]
+        main(["benchmark", "train", str(tmp_path / "recipe.yaml"), *asked])
+        return capsys.readouterr().out, json.loads(figures.read_text())["contestants"]
+
+    told, first = trained(0.1)
+    assert "not reached" in told
+    held = {name: [lap["held_out"] for lap in found["laps"]] for name, found in first.items()}
+    assert len(held["ours"]) == 4
+    for name in ("cache", "tuned"):
+        assert held[name] == pytest.approx(held["ours"], abs=1e-3)
+    assert held["ours"][2] < held["ours"][0]
+    told, found = trained((held["ours"][1] + held["ours"][2]) / 2)
+    assert "not reached" not in told
+    assert {len(each["laps"]) for each in found.values()} == {3}
+    cache = found["cache"]
+    assert cache["encoding ahead"] > 0
+    assert cache["seconds"] == pytest.approx(cache["encoding ahead"] + 3 * sum(lap["seconds"] for lap in cache["laps"]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--contestant", "nanovlm"], "no contestant 'nanovlm'"),
         (["--rounds", "2"], "at least 3"),
         (["--texts", "0"], "at least 1"),
+        (["--until", "1", "--steps", "2000"], "look earlier"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(
