@@ -78,7 +78,7 @@ class Data:
     """Layout of the source, otherwise seen from the data: `messages`, `prompt`, `llava`, `sharegpt`, `cauldron`,
     `document`, `obelics`, `mmc4`, `captions`, `questions`, `coco`, `karpathy`, `vqav2`, `minigpt4`."""
     images: str | None = None
-    """Folder that the paths of pictures start from; by default the folder of the file."""
+    """Folder, or its URL, that the paths of pictures start from; by default the folder of the file."""
     validation: str | None = None
     """Path of held-out data in the same form; by default the last 5 % (at most 500 rows) of the source are held out."""
     prompts: list[str] = field(default_factory=lambda: ["Describe the image."])

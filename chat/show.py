@@ -7,6 +7,7 @@ from rich.color import Color
 from rich.segment import Segment, Segments
 from rich.style import Style
 
+from bridges.data.conversation import images_of
 from chat.state import Chat, name_of, words_of
 
 if TYPE_CHECKING:  # torch comes with it
@@ -38,8 +39,9 @@ def tokens(chat: Chat, _: str) -> str:
         f"{WHO[role]}": sum(len(template.tokenize(words_of(turn))[0]) for turn in read if turn.role == role)
         for role in WHO
     }
-    pictures = len(template.images(read))
-    counts[f"{pictures} pictures of {template.num_slots}"] = pictures * template.num_slots
+    pictures, images = sum(len(images_of([turn])) for turn in read), len(template.images(read))
+    cut = f" in {images} images" if images > pictures else ""
+    counts[f"{pictures} pictures{cut} of {template.num_slots}"] = images * template.num_slots
     total = session.size()
     counts["template"] = max(0, total - sum(counts.values()))
     lines = [f"{count:>6}  {what}" for what, count in counts.items() if count]

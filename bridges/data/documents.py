@@ -58,7 +58,7 @@ def part(given: Any) -> Part:
     match given:
         case {"type": "text", "text": str(text)}:
             return text
-        case {"type": "image", "path": str(path)}:
+        case {"type": "image", "path": str(path)} | {"type": "image", "url": str(path)}:
             return {"image": path}
     expected = '{"type": "text", "text": …} or {"type": "image", "path": …}'
     raise ValueError(f"a part of content must be {expected}, found {given!r:.80}")

@@ -1,11 +1,11 @@
 """Which data a recipe means, and which part of it is held out."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from bridges.config import Data
 from bridges.data.conversation import Example
 from bridges.data.formats import Rows
+from bridges.data.formats.remote import place_of
 from bridges.data.pictures import MapStyle
 from bridges.data.prefix import Prefixed
 
@@ -49,7 +49,7 @@ def open_split(data: Data, split: str) -> MapStyle[Example]:
         return open_scenes(data, split)
     if split not in ("train", "val", "test"):
         raise ValueError(f"no split {split!r} of {data.source}; there are train and val")
-    images = Path(data.images) if data.images else None
+    images = place_of(data.images) if data.images else None
     if data.validation and split == "val":
         return Rows(data.validation, images, data.prompts, layout=data.format)
     rows = Rows(data.source, images, data.prompts, layout=data.format)

@@ -12,6 +12,7 @@ from bridges.data.conversation import Conversation, Example
 from bridges.data.documents import END
 from bridges.data.template import Encoded, Template
 from bridges.inference.decoding import go_on, spoken
+from bridges.towers.framing import wholes
 
 LONGEST = 24  # new tokens after a picture
 
@@ -43,9 +44,10 @@ def continued(
 
 
 def up_to_pictures(template: Template, document: Conversation) -> list[Encoded]:
-    """The document up to and with each of its pictures but the first."""
+    """The document up to and with each of its pictures but the first, all of it where it is cut into tiles."""
     text = template.encode(document.turns)
-    return [cut(text, text.looks.index(n) + len(template.tag)) for n in range(2, len(text.images) + 1)]
+    lasts = [n for n, image in enumerate(text.images, 1) if wholes([image])]
+    return [cut(text, text.looks.index(n) + len(template.tag)) for n in lasts[1:]]
 
 
 def right_picture(said: frozenset[str], shown: Sequence[frozenset[str]], place: int) -> bool:

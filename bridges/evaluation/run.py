@@ -50,7 +50,8 @@ def evaluate(
             measured[name], pictures = measure_pairs(asked, split, size, console)
         else:
             said = measure(asked, split, size, console)
-            measured[name], pictures = tabulate(said, namer(asked)), [show(one) for one in said[:12]]
+            pictured = [one for one in said if one.pictured]
+            measured[name], pictures = tabulate(said, namer(asked)), [show(one) for one in pictured[:12]]
         shown = shown or pictures
     results = folder / RESULTS
     table = {**(json.loads(results.read_text()) if results.exists() else {}), **measured}
@@ -81,6 +82,11 @@ def measure(assembled: Assembled, split: str, size: int, console: Console) -> li
         store.flush()
     if data.broken:
         console.print(data.summary())
+    if texts := sum(not one.pictured for one in said):
+        what = (
+            f"{texts} of {len(said)} examples have no picture: nothing but the likelihood of their answers is measured"
+        )
+        console.print(what, highlight=False)
     return said
 
 

@@ -24,6 +24,10 @@ METRICS = {
         "Caption NLL ↓",
         "how surprised the model is by each token of the true caption, in nats; lower is better",
     ),
+    "text_nll": (
+        "Text NLL ↓",
+        "how surprised the model is by each token of the true answers in texts without a picture, in nats",
+    ),
     "cider": (
         "CIDEr-D ↑",
         "how many phrases a caption shares with its references, rare phrases counting more; 0 to 10",

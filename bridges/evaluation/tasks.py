@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bridges.build import Assembled
 from bridges.data.batch import collate, rows_of
-from bridges.data.conversation import Conversation, Example, Turn
+from bridges.data.conversation import Conversation, Example, Turn, images_of
 from bridges.data.template import IGNORE_INDEX
 from bridges.evaluation.documents import continued, pieces, right_picture
 from bridges.evaluation.metrics import accuracy, bleu, bleu_counts, cider_d, f1, interval, majority, naming
@@ -37,6 +37,10 @@ class Said:
     answers: dict[Control, list[str]]
     continued: dict[Control, list[str]] = field(default_factory=dict)
     """With what a document goes on after each of its pictures but the first."""
+
+    @property
+    def pictured(self) -> bool:
+        return any(images_of(c.turns) for c in self.example.conversations)
 
     @property
     def references(self) -> list[str]:
@@ -130,9 +134,12 @@ def nll_of(assembled: Assembled, examples: Sequence[Example], seen: Seen) -> lis
 def tabulate(said: Sequence[Said], named: Callable[[str], frozenset[str]]) -> dict[str, Metric]:
     """Every metric that the examples allow, each with its baselines and a 95 % interval over examples.
 
-    `named` finds the object names in a caption. The majority is the commonest caption, or answer of a kind.
+    `named` finds the object names in a caption. The majority is the commonest caption, or answer of a kind. Texts
+    without a picture have their likelihood alone, and no baseline.
     """
-    table = {"caption_nll": row(said, {c: ratio(said, c) for c in CONTROLS}, None)}
+    pictured, texts = ([one for one in said if one.pictured is there] for there in (True, False))
+    table = {"caption_nll": row(pictured, {c: ratio(pictured, c) for c in CONTROLS})} if pictured else {}
+    table |= {"text_nll": row(texts, {"image": ratio(texts, "image")})} if texts else {}
     told = [one for one in said if one.captions]
     if told:
         references = [one.references for one in told]

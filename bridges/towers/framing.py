@@ -8,6 +8,8 @@ from weakref import ref
 from PIL import Image, ImageOps
 
 ImageMode = Literal["resize", "pad", "crop"]
+TILE = "tile of a picture"
+"""In the `info` of an image that is one."""
 
 
 def framed(image: Image.Image, mode: ImageMode | None, size: tuple[int, int], mean: Sequence[float]) -> Image.Image:
@@ -80,4 +82,12 @@ class Tiler:
         y, x = self.size
         whole = framed(image, self.mode, (rows * y, columns * x), self.mean).resize((columns * x, rows * y))
         places = product(range(0, rows * y, y), range(0, columns * x, x))
-        return [whole.crop((left, top, left + x, top + y)) for top, left in places]
+        tiles = [whole.crop((left, top, left + x, top + y)) for top, left in places]
+        for tile in tiles:
+            tile.info = {TILE: True}
+        return tiles
+
+
+def wholes(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """The pictures among the images that they became: people count pictures, whatever they are cut into."""
+    return [image for image in images if TILE not in image.info]

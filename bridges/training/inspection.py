@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from bridges.data.pictures import BrokenPicture
 from bridges.data.sources import open_split
 from bridges.data.template import IGNORE_INDEX, IMAGE_TOKEN_ID, Template
 from bridges.files import write
+from bridges.towers.framing import wholes
 from bridges.training.page import page
 
 Kind = Literal["slots", "target", "dim", "break"]
@@ -31,6 +32,7 @@ class Survey:
     """What is counted of each example."""
 
     pictures: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     cut: int = 0
@@ -89,7 +91,8 @@ def count(survey: Survey, example: Example, assembled: Assembled) -> list[Row]:
     model, template, recipe = assembled
     limit = recipe.data.max_length
     made = rows_of(example, template, limit, model.language.shares(limit))
-    survey.pictures.append(sum(len(row.images) for row in made))
+    survey.pictures.append(sum(len(wholes(row.images)) for row in made))
+    survey.images.append(sum(len(row.images) for row in made))
     survey.tokens += [len(row.ids) for row in made]
     survey.targets.append(sum(label != IGNORE_INDEX for row in made for label in row.labels))
     survey.cut += any(len(template.encode(c.turns).ids) > limit for c in example.conversations)
@@ -105,9 +108,11 @@ def title(index: int, example: Example, made: list[Row]) -> str:
 
     positions, slots = sum(len(row.ids) for row in made), sum(row.ids.count(IMAGE_TOKEN_ID) for row in made)
     aimed = sum(label != IGNORE_INDEX for row in made for label in row.labels)
-    texts, pictures = len(example.conversations), sum(len(row.images) for row in made)
+    texts, images = len(example.conversations), [image for row in made for image in row.images]
+    pictures = counted(len(wholes(images)), "picture")
+    pictures += f" in {len(images)} images" if len(images) > len(wholes(images)) else ""
     return (
-        f"example {index}: {counted(texts, 'text')}, {counted(pictures, 'picture')}, {positions} positions = "
+        f"example {index}: {counted(texts, 'text')}, {pictures}, {positions} positions = "
         f"{slots} slots + {positions - slots} tokens, {aimed} of them targets"
     )
 
@@ -121,14 +126,15 @@ def figures_of(survey: Survey, total: int, slots: int) -> list[tuple[str, str]]:
         low, middle, most, top = np.percentile(values, [0, 50, 95, 100])
         return f"{low:.0f} to {top:.0f}, median {middle:.0f}, 95 % at most {most:.0f}"
 
-    looked = len(survey.pictures) + len(survey.skipped)
+    looked, tiled = len(survey.pictures) + len(survey.skipped), survey.images != survey.pictures
     why = Counter(
         reason.split(": ")[-1] if "cannot open" in reason else "no such file" for reason in survey.skipped.values()
     )
     return [
         ("examples", f"{total}; looked at {looked}"),
-        ("slots a picture", str(slots)),
+        ("slots an image" if tiled else "slots a picture", str(slots)),
         ("pictures an example", spread(survey.pictures)),
+        *([("images they are cut into", spread(survey.images))] if tiled else []),
         ("positions a row", spread(survey.tokens)),
         ("targets an example", spread(survey.targets)),
         ("without a target", str(survey.targets.count(0))),
@@ -156,9 +162,10 @@ def coloured(row: Row, template: Template) -> Text:
 def pieces(row: Row, template: Template) -> Iterator[tuple[str, Kind]]:
     """Stretches of a row that are alike: a picture's slots, targets, text that is not learned; and where a text begins.
 
-    `[picture: 9 slots]` stands for a picture; two that follow each other are two.
+    `[picture: 9 slots]` stands for a picture, with all its tiles; two that follow each other are two.
     """
-    looks = row.looks or [0] * len(row.ids)
+    numbers = [0, *accumulate((len(wholes([image])) for image in row.images), initial=0)]  # of each image's picture
+    looks = [numbers[look] for look in row.looks] or [0] * len(row.ids)
     places = list(zip(row.ids, row.labels, row.segments, looks, strict=True))
     segment = row.segments[0] if row.segments else 0
 

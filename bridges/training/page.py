@@ -31,7 +31,7 @@ def page(source: str, figures: Sequence[tuple[str, str]], skipped: Sequence[tupl
     for title, rows in samples:
         lines.append(f"<section><h2>{escape(title)}</h2>")
         for images, pieces in rows:
-            lines += [f'<img src="{data_url(image)}" alt="picture {n}">' for n, image in enumerate(images, 1)]
+            lines += [f'<img src="{data_url(image)}" alt="image {n}">' for n, image in enumerate(images, 1)]
             spans = "".join(f'<span class="{kind}">{escape(words)}</span>' for words, kind in pieces)
             lines.append(f'<div class="text">{spans}</div>')
         lines.append("</section>")

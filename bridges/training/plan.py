@@ -68,7 +68,8 @@ def lines_of(found: Plan, recipe: Recipe, micro: int) -> list[tuple[str, str]]:
         ("frozen weights", f"{gigabytes(found.weights)} here, {gigabytes(found.narrow)} on a GPU"),
         (
             "an example",
-            f"{found.positions:.0f} positions, {found.targets:.0f} of them targets; {found.slots} slots a picture",
+            f"{found.positions:.0f} positions, {found.targets:.0f} of them targets; {found.slots} slots "
+            + ("an image" if recipe.vision.tiles else "a picture"),
         ),
         ("its activations", f"{found.each / 1e6:.1f} MB; a position costs {found.each / found.positions / 1e6:.2f} MB"),
         (

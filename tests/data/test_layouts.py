@@ -421,7 +421,6 @@ def test_a_shard_that_is_cut_short_is_told_with_what_was_whole(folder: Path, lef
         ([{"image": "a.png", "caption": 5}], "row 1: caption must be text and not empty, found 5"),
         ([{"image": None, "caption": "c"}], "row 1: image must be a path, .* found None"),
         ([{"caption": "c"}], r"row 1: expected messages.*; found keys caption"),
-        ([{"image": "https://a.b/c.jpg", "caption": "c"}], "row 1: image is an address, .*: fetch the pictures first"),
         ([{"messages": said(content="<image><image>?"), "images": ["a.png"]}], "row 1: 2 <image> markers and 1 images"),
         ([{"messages": said(content="?"), "images": [3]}], "row 1: images must be a path, .* found 3"),
         ([{"messages": said(content="?"), "images": 3}], "row 1: images must be a path or a list, found 3"),

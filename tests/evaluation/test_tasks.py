@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from bridges.build import Assembled
@@ -134,3 +135,28 @@ def test_other_data_are_measured_beside_its_own(on_captions: Path) -> None:
 def test_an_unknown_split_is_refused(on_captions: Path) -> None:
     with pytest.raises(ValueError, match="no split 'tset'"):
         evaluate(on_captions, ["tset"])
+
+
+@pytest.mark.parametrize("pictured", [0, 3])
+def test_of_texts_without_a_picture_the_likelihood_is_measured_and_that_is_said(
+    on_captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pictured: int
+) -> None:
+    said = {"role": "assistant", "content": "A cat."}
+    shown = [{"type": "image", "path": str(tmp_path / "mine/0.png")}, {"type": "text", "text": "What?"}]
+    rows = [{"messages": [{"role": "user", "content": asked}, said]} for asked in [shown] * pictured + ["Hello?"] * 4]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = on_captions / "config.yaml"
+    read = yaml.safe_load(config.read_text())
+    read["data"] |= {"source": str(tmp_path / "chats.jsonl"), "validation": str(tmp_path / "val.jsonl")}
+    config.write_text(yaml.safe_dump(read))
+    table = evaluate(on_captions)["val"]
+    assert (table.keys() - {"text_nll"} == {"caption_nll"}) == bool(pictured)
+    texts = table["text_nll"]
+    assert texts["n"] == 4
+    assert texts["image"] > 0
+    assert texts["shuffled"] is texts["blank"] is None
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"4 of {4 + pictured} examples have no picture: nothing but the likelihood of their answers" in told
+    page = (on_captions / "report.html").read_text()
+    assert page.count("<figcaption>") == pictured

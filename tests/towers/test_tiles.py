@@ -1,5 +1,7 @@
 """A picture as several images: a grid by its shape, and the whole of it; the same in training, in chat, after loading."""
 
+import json
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +13,20 @@ from bridges.build import build
 from bridges.checkpoint import load, save_checkpoint
 from bridges.config import Recipe
 from bridges.data.batch import rows_of
-from bridges.data.conversation import Example, Turn, ask
+from bridges.data.conversation import Conversation, Example, Turn, ask
+from bridges.data.documents import END
 from bridges.data.template import IMAGE_TOKEN_ID
+from bridges.evaluation.documents import up_to_pictures
+from bridges.evaluation.tasks import listen
 from bridges.inference.decoding import answers
 from bridges.inference.fewshot import complete
 from bridges.inference.session import Session
 from bridges.objectives.controls import controlled
-from bridges.towers.framing import Tiler, grid_of
+from bridges.towers.framing import Tiler, grid_of, wholes
+from bridges.training.inspection import inspect
 from bridges.training.loop import train
+from chat.show import tokens
+from chat.state import Chat
 
 COLOURS = ("red", "lime", "blue", "white")
 
@@ -144,3 +152,43 @@ def test_tiles_show_what_one_small_image_cannot(tiled: Recipe) -> None:
     assert len(tiles) == 16
     small = np.asarray(whole.resize((32, 32), Image.Resampling.BICUBIC)).astype(float)
     assert small[4:-4, 4:-4].std() < 10 < np.asarray(tiles[5]).astype(float).std()
+
+
+def page_of_two() -> Example:
+    """A document with two pictures, each in five images."""
+    parts = [panorama(), f"A cat.{END}", panorama(70), "A dog."]
+    return Example([Conversation([Turn("user", parts[:1]), Turn("assistant", parts[1:])], "document")])
+
+
+def test_a_document_of_two_pictures_in_ten_images_has_two_pictures(
+    tiled: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        panorama(64 + number).save(tmp_path / f"{number}.png")
+    parts = [{"type": "image", "path": "0.png"}, {"type": "text", "text": "A cat."}]
+    parts += [{"type": "image", "path": "1.png"}, {"type": "text", "text": "A dog."}]
+    (tmp_path / "pages.jsonl").write_text("\n".join([json.dumps({"content": parts})] * 3))
+    tiled.data.source = str(tmp_path / "pages.jsonl")
+    inspect(tiled, samples=1, html=tmp_path / "inspect.html")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "1 text, 2 pictures in 10 images, " in told
+    assert told.count("[picture: 80 slots]") == 2
+    assert "slots an image 16 pictures an example 2 to 2, " in told
+    assert "images they are cut into 10 to 10, " in told
+
+
+def test_a_document_goes_on_after_each_picture_and_not_after_each_tile(tiled: Recipe) -> None:
+    made, example = build(tiled), page_of_two()
+    (prompt,) = up_to_pictures(made.template, example.conversations[0])
+    assert [len(wholes(prompt.images)), len(prompt.images)] == [2, 10]
+    assert [
+        sum(1 for _ in same) for slot, same in groupby(token == IMAGE_TOKEN_ID for token in prompt.ids) if slot
+    ] == [5 * made.model.bridge.num_slots] * 2
+    (said,) = listen(made, [example])
+    assert [len(texts) for texts in said.continued.values()] == [1, 1, 1]
+
+
+def test_tokens_tells_pictures_and_what_they_became(tiled: Recipe) -> None:
+    chat = Chat(Session(build(tiled)))
+    chat.session.append(Turn("user", [panorama(), panorama(), "Which?"]))
+    assert "160  2 pictures in 10 images of 16" in tokens(chat, "")

@@ -135,16 +135,12 @@ def with_places(row: dict[str, Any], name: str, images: list[bytes]) -> dict[str
 
 
 def reference(value: Any, column: str, images: list[bytes]) -> str:
-    """The place of a picture as text: its path, or its number among `images`, to which its bytes are added.
+    """The place of a picture as text: its path or URL, or its number among `images`, to which its bytes are added.
 
-    Raises ValueError, with the column, for what is no picture, and for addresses of the web.
+    Raises ValueError, with the column, for what is no picture.
     """
     match value:
         case str(path) if path.strip():
-            if path.startswith(("http://", "https://")):
-                raise ValueError(
-                    f"{column} is an address, {path:.80}: fetch the pictures first (img2dataset), and name files"
-                )
             return unquote(urlparse(path).path) if path.startswith("file://") else path
         case {"bytes": bytes(data)} | bytes(data):
             place = f"{BYTES}{len(images)}\0{hashlib.sha256(data).hexdigest()[:32]}"
@@ -156,4 +152,4 @@ def reference(value: Any, column: str, images: list[bytes]) -> str:
             file = io.BytesIO()
             value.save(file, "PNG")
             return reference(file.getvalue(), column, images)
-    raise ValueError(f"{column} must be a path, a file URL, bytes or a picture, and not empty; found {value!r:.80}")
+    raise ValueError(f"{column} must be a path, a URL, bytes or a picture, and not empty; found {value!r:.80}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bridges.data.formats.entries import LAYOUTS
-from bridges.data.formats.remote import Place
+from bridges.data.formats.remote import Place, fetched, path_of
 from bridges.data.formats.shards import parquet_rows, spread, tar_rows
 from bridges.data.formats.tables import TABLES, is_table, table_rows
 from bridges.data.formats.text import text_rows
@@ -16,21 +16,20 @@ from bridges.data.pictures import no_file
 FORMATS = (*LAYOUTS, *TABLES)
 IN_FOLDER = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "filter_cap.json", "*questions.json")
 SHARDS = ("*.tar", "*.parquet", "data/*.parquet")
+BY_URL = (".tar", ".parquet", ".json", ".jsonl", ".csv", ".tsv")
 HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
 def files_of(source: str | Path) -> list[Place]:
     """The file itself; of a folder its metadata or its shards; of `shard-{0000..0012}.tar` all that are meant.
 
-    Raises ValueError, with the nearest name, where one is missing, and for a URL of anything but shards.
+    Raises ValueError, with the nearest name, where one is missing, and for a URL of anything but files of rows.
     """
     files: list[Place] = []
     for path in spread(str(source)):
         if isinstance(path, str):
-            if not path.endswith((".tar", ".parquet")):
-                raise ValueError(
-                    f"{path} is no shard: by their URLs .tar and .parquet are read; fetch other files first"
-                )
+            if path_of(path).suffix not in BY_URL:
+                raise ValueError(f"{path}: by their URLs {', '.join(BY_URL)} are read; fetch other files first")
             files.append(path)
             continue
         if not path.exists():
@@ -59,11 +58,12 @@ def is_hub_id(source: str | Path) -> bool:
 
 def raw_rows(file: Place, name: str | None) -> Iterator[tuple[str, Any]]:
     """Each raw row of a file and its place in it. Raises ValueError, without the file's name."""
-    if str(file).endswith(".parquet"):
+    path = path_of(file)
+    if path.suffix == ".parquet":
         yield from parquet_rows(file)
-    elif isinstance(file, str) or ".tar" in file.suffixes or file.suffix == ".tgz":
+    elif ".tar" in path.suffixes or path.suffix == ".tgz":
         yield from tar_rows(file)
-    elif name in TABLES or (name is None and is_table(file)):
-        yield from table_rows(file, name)
     else:
-        yield from text_rows(file)
+        with fetched(file) as here:
+            table = name in TABLES or (name is None and is_table(here))
+            yield from table_rows(here, name) if table else text_rows(here)

@@ -22,7 +22,7 @@ from bridges.data.conversation import Conversation, Example, Turn, ask
 from bridges.data.formats.entries import BYTES, Entry, entries
 from bridges.data.formats.find import FORMATS, files_of, is_hub_id, raw_rows
 from bridges.data.formats.hub import hub_rows
-from bridges.data.formats.remote import Place, place_of, stamp
+from bridges.data.formats.remote import Place, beside, fetch_picture, folder_of, place_of, stamp
 from bridges.data.formats.shards import TAR, bytes_in_tar
 from bridges.data.formats.tables import TABLES
 from bridges.data.pictures import BrokenPicture, no_file, open_picture
@@ -42,18 +42,19 @@ class Rows:
 
     - JSON lines, a JSON array, CSV, TSV, Parquet or tar shards, with rows of any layout of `chats.py`, `documents.py`;
       or with a picture (path|image|file_name|filepath) and a caption (caption|text|title), or a question and an answer
-    - shards also by their URLs (`s3://bucket/s-{0000..0012}.tar`, as fsspec knows them), whose pictures stay there
+    - all of these files also by their URLs (`s3://bucket/s-{0000..0012}.tar`, `https://…/a.json`: fsspec's);
+      pictures stay there, and are fetched each time that they are needed (VQAv2's two files have to lie here)
     - JSON files of several lists, see `tables.py`
     - a folder with `metadata.jsonl`, `.csv` or `.parquet`, with MiniGPT-4's `filter_cap.json`, or with shards
 
     The captions or questions of one picture become one Example; captions have a prompt drawn by the Example's number.
-    A picture is a path, a file URL, bytes, or what `datasets` makes of it.
+    A picture is a path, a URL, bytes, or what `datasets` makes of it.
     """
 
     def __init__(
         self,
         path: Path | str,
-        images: Path | None = None,
+        images: Place | None = None,
         prompts: Sequence[str] = ("Describe the image.",),
         kind: str | None = None,
         layout: str | None = None,
@@ -69,9 +70,8 @@ class Rows:
             raise ValueError(f"no format {layout!r}; there are {', '.join(FORMATS)}")
         files = [] if is_hub_id(path) else files_of(path)
         self.name, self.prompts, self.kind = str(path), prompts, kind
-        beside = files[0].parent if files and isinstance(files[0], Path) else Path()
-        self.images = images or beside
-        if not self.images.exists():
+        self.images = images or (folder_of(files[0]) if files else Path())
+        if isinstance(self.images, Path) and not self.images.exists():
             raise ValueError(no_file(self.images))
         self.table = _table(str(path), files, layout)
         self.captions = self.table[0]["picture"] is not None
@@ -126,8 +126,12 @@ class Rows:
         if place.startswith(BYTES):
             return open_picture(images[int(place.split("\0")[2])])
         if not place.startswith(TAR):
-            return open_picture(self.images / place)
-        data, name = bytes_in_tar(place)
+            where = beside(self.images, place)
+            if isinstance(where, Path):
+                return open_picture(where)
+            data, name = fetch_picture(where), where
+        else:
+            data, name = bytes_in_tar(place)
         try:
             return open_picture(data)
         except BrokenPicture as error:

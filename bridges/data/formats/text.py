@@ -17,14 +17,11 @@ BETWEEN = re.compile(r"[\s,:]*")
 def text_rows(file: Path) -> Raw:
     """The rows of a file. The first character tells a JSON array, JSON lines and CSV apart."""
     with file.open(encoding="utf-8-sig", newline="") as text:
-        try:
-            first = text.read(4096).lstrip()[:1]
-            text.seek(0)
-            if file.suffix == ".json" and first not in ("[", "{", ""):
-                raise ValueError(f"line 1: not JSON: expected [ or {{, found {first!r}")
-            yield from {"[": json_array, "{": json_lines}.get(first, csv_lines)(text)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+        first = text.read(4096).lstrip()[:1]
+        text.seek(0)
+        if file.suffix == ".json" and first not in ("[", "{", ""):
+            raise ValueError(f"line 1: not JSON: expected [ or {{, found {first!r}")
+        yield from {"[": json_array, "{": json_lines}.get(first, csv_lines)(text)
 
 
 def json_lines(text: TextIOBase) -> Raw:
