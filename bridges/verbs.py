@@ -1,6 +1,7 @@
 """What the command can do: one function a verb, no logic. A verb imports torch when it runs, so help is quick.
 
-Those of the rooms `serve` and `benchmark` are in there."""
+`serve` and `benchmark` are in the rooms of their name.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
