@@ -159,7 +159,7 @@ def fewshot(
         kind: kind of the questions, such as background; by default all
         pool: training examples that demonstrations are chosen from
         text_shots: demonstrations without their pictures that stand for 0 shots, as in Flamingo
-        batch: queries at once
+        batch: whole prompts at once; of queries after demonstrations that are kept, as many as take the same room
     """
     from bridges.evaluation.fewshot import fewshot
 
