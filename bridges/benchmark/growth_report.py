@@ -85,6 +85,7 @@ def plot_text(found: Mapping[str, Sequence[Point]]) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bridges", "font.size": 9}):
         figure = Figure(figsize=(3.4 * len(found), 3.2), layout="constrained")
@@ -99,6 +100,7 @@ def plot_text(found: Mapping[str, Sequence[Point]]) -> str:
             axes.set_yscale("log")
             axes.set_xticks(sizes, [str(size) for size in sizes])
             axes.minorticks_off()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.set_xlabel(axis)
             axes.set_ylabel("seconds a step")
