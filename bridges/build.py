@@ -107,7 +107,13 @@ def build_pairs(recipe: Recipe, fresh: bool = True) -> Paired:
 def vision_tower(recipe: Recipe) -> VisionTower:
     chosen = recipe.vision
     return VisionTower(
-        chosen.name, chosen.layer, chosen.keep_cls, chosen.revision, image_mode=chosen.image_mode, tiles=chosen.tiles
+        chosen.name,
+        chosen.layer,
+        chosen.keep_cls,
+        chosen.revision,
+        image_mode=chosen.image_mode,
+        tiles=chosen.tiles,
+        image_size=chosen.image_size,
     )
 
 

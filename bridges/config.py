@@ -19,6 +19,8 @@ class Vision:
     image_mode: Literal["resize", "pad", "crop"] | None = None
     """`resize` squashes a whole picture into the encoder's shape, `pad` puts it on a canvas, `crop` takes its middle;
     by default its own processor decides."""
+    image_size: int | None = None
+    """Side, in pixels, of what it sees, where it takes another than its own (EfficientNet, DINOv2; no CLIP)."""
     tiles: int | None = None
     """A picture larger than the encoder's becomes a grid of at most so many tiles, by its shape, and the whole of it
     small; each is one more image, with the slots of one."""

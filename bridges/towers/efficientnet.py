@@ -83,7 +83,8 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, pixel_values: Float[Tensor, "n 3 y x"], output_hidden_states: object = None) -> Features:  # noqa: ARG002
         """The one map is the only hidden state, whichever are asked for."""
-        assert not any(side % 32 for side in pixel_values.shape[-2:]), "the uneven padding needs even sides throughout"
+        if any(side % 32 for side in pixel_values.shape[-2:]):  # the uneven padding needs even sides throughout
+            raise ValueError("its sides must be multiples of 32")
         if pixel_values.device.type != "cpu":
             return Features((self.layers(pixel_values),))
         # eight images at a time stay in the CPU's cache: a tenth to a half faster than 32 at once

@@ -45,7 +45,7 @@ class VisionTower(nn.Module):
     -2 what leaves the one before. This is the residual stream: CLIP's, SigLIP's or DINO's final norm is not applied.
     Tokens that are no patch (CLS, registers) are dropped; `keep_cls` keeps the first of them, in front.
     An encoder without such tokens loses nothing. `image_mode`: see `framing.framed`. `tiles`: the most of a picture
-    (`tiler`, see `framing.Tiler`), where it is more than one image.
+    (`tiler`, see `framing.Tiler`), where it is more than one image. `image_size`: the side of an image, if not its own.
 
     `name`, `dim` (v), `num_patches` (p), `image_size` (y, x), `grid` (rows, columns): num_patches is rows x columns, in
     reading order, + 1 with `keep_cls`.
@@ -62,6 +62,7 @@ class VisionTower(nn.Module):
         dtype: torch.dtype | None = None,
         image_mode: ImageMode | None = None,
         tiles: int | None = None,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         self.image_mode: ImageMode | None = image_mode
@@ -71,9 +72,13 @@ class VisionTower(nn.Module):
             raise ValueError(f"{name_or_path} is a folder and has no revisions: leave revision={revision!r} out")
         with quiet_transformers():
             self.processor, self.encoder = read(name_or_path, where, revision)
+            if image_size:
+                self.processor = resized(self.processor, image_size)
         self.requires_grad_(False)
         self.train(False)
         self.image_size = output_size(self.processor, name_or_path)
+        if image_size and self.image_size != (image_size, image_size):
+            raise ValueError(f"vision.image_size {image_size}: the processor of {name_or_path} makes {self.image_size}")
         self.mean = tuple(self.processor.image_mean or (0.5,) * 3)
         self.tile(tiles)
         shapes = self._shapes_of_states()
@@ -151,7 +156,7 @@ class VisionTower(nn.Module):
             return [tuple(hidden.shape) for hidden in states]
         except (ValueError, TypeError, RuntimeError) as error:
             size = "{} x {}".format(*self.image_size)
-            reason = f"cannot take the {size} images of its own processor: {first_sentence(error)}"
+            reason = f"cannot take images of {size}: {first_sentence(error)}"
             raise ValueError(f"{self.name} {reason}") from error
 
     def _arrangement(self, shape: tuple[int, ...]) -> tuple[tuple[int, int], int, int]:
@@ -216,6 +221,21 @@ def read_processor(where: str, revision: str | None) -> Any:
     except ImportError:
         # DINOv3's exists for torchvision alone; the same steps on PIL differ from it by the rounding to 8 bits
         return PilBackend.from_pretrained(where, revision=revision or "main")
+
+
+def resized(processor: Any, side: int) -> Any:
+    """One that makes squares of so many pixels; what it crops at the edges stays the same share."""
+    if side < 1:
+        raise ValueError(
+            f"vision.image_size {side}: a picture has at least one pixel; leave it out for the encoder's own"
+        )
+    given, share = processor.to_dict(), 1.0
+    size = {key: value for key, value in given["size"].items() if value}
+    if given.get("do_center_crop"):
+        share = min(size.values()) / given["crop_size"]["height"]
+        given["crop_size"] = {"height": side, "width": side}
+    given["size"] = dict.fromkeys(size, round(share * side))
+    return type(processor).from_dict(given)
 
 
 def pixels_of(processor: Any, images: Sequence[Image.Image]) -> Tensor:

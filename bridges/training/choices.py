@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from bridges.build import Assembled, build_bridge
+from bridges.build import Assembled, assemble, build_bridge, vision_tower
 from bridges.config import Recipe
 from bridges.training.probe import Plan, plan_of
-from bridges.training.stage import Stage
+from bridges.training.stage import Stage, stage_of
 
 TILES = 4
 BYTES = {"int8": 1.0, "nf4": 0.516}
@@ -26,6 +26,8 @@ def choices(recipe: Recipe, stage: Stage, found: Plan) -> Iterator[tuple[str, Pl
     yield from quantized(recipe, built, found)
     if built.model.bridge.blocks and "every" in recipe.bridge:
         yield from crossed(recipe, stage, built)
+    if stage.store is None and (larger := enlarged(recipe, built)):
+        yield larger
     if recipe.vision.tiles is None and not (built.model.bridge.blocks and built.model.bridge.sees == "last"):
         built.model.vision.tile(TILES)
         built.template.tiler = built.model.vision.tiler
@@ -48,6 +50,20 @@ def quantized(recipe: Recipe, built: Assembled, found: Plan) -> Iterator[tuple[s
     for name, size in BYTES.items():
         here, narrow = found.weights - count * (wide - size), found.narrow - count * (min(wide, 2) - size)
         yield f"language.quantize {name}", replace(found, weights=here, narrow=narrow, seconds=nan)
+
+
+def enlarged(recipe: Recipe, built: Assembled) -> tuple[str, Plan] | None:
+    """Pictures of twice the side, where the encoder takes them and the bridge and the text have room for them."""
+    language, side = built.model.language, 2 * built.model.vision.image_size[0]
+    larger = replace(recipe, vision=replace(recipe.vision, image_size=side))
+    try:
+        vision = vision_tower(larger)
+        bridge = build_bridge(recipe.bridge, vision.dim, vision.num_patches, language.dim, language.num_layers)
+        assembled = assemble(vision, bridge, language, larger)
+        assembled.model.to(language.device)
+        return f"vision.image_size {side}", plan_of(larger, stage_of(assembled))
+    except ValueError:
+        return None
 
 
 def crossed(recipe: Recipe, stage: Stage, built: Assembled) -> Iterator[tuple[str, Plan]]:

@@ -48,9 +48,14 @@ def open_stage(recipe: Recipe) -> Stage:
 def language_stage(recipe: Recipe) -> Stage:
     """The language model says what the assistant says."""
     assembled = build(recipe)
-    store = open_store(assembled)
     if recipe.train.gradient_checkpointing:
         assembled.model.language.checkpoint_gradients()
+    return stage_of(assembled)
+
+
+def stage_of(assembled: Assembled) -> Stage:
+    """Of a model that is built."""
+    store = open_store(assembled)
     return Stage(
         assembled,
         store,

@@ -224,7 +224,7 @@ def test_loading_says_nothing(tmp_path, capfd):
         (clip_vision, CLIP_PIXELS, {"layer": 4}, r"no layer 4: its hidden states are -4 … 3"),
         (clip_vision, CLIP_PIXELS, {"revision": "v2"}, "has no revisions: leave revision='v2' out"),
         (siglip_vision, SQUASH, {"keep_cls": True}, r"has no CLS token, only 4 x 4 patches"),
-        (clip_vision, SQUASH_64, {}, r"cannot take the 64 x 96 images of its own processor: Input image size"),
+        (clip_vision, SQUASH_64, {}, r"cannot take images of 64 x 96: Input image size"),
         (
             clip_vision,
             hf.CLIPImageProcessorPil(do_center_crop=False),
@@ -272,6 +272,31 @@ def test_a_missing_folder_and_a_name_that_no_hub_knows_fail_in_one_line(tmp_path
         VisionTower(str(tmp_path / "siglib"))
     with pytest.raises(ValueError, match=r"no image encoder in .*siglip"):
         VisionTower(str(tmp_path / "siglip"))
+
+
+@pytest.mark.parametrize("family", ["dinov2", "dinov2 with registers", "swin", "convnext", "resnet"])
+def test_who_takes_another_resolution_takes_it_and_is_another_tower(tmp_path, family):
+    model, processor, _, _ = FAMILIES[family]
+    folder = save(tmp_path, model(), processor)
+    own, larger = VisionTower(folder), VisionTower(folder, image_size=112)
+    assert larger.image_size == (112, 112)
+    assert larger(larger.preprocess(pictures())).shape == (2, larger.num_patches, larger.dim)
+    assert larger.num_patches > own.num_patches
+    assert larger.fingerprint() != own.fingerprint()
+
+
+def test_what_is_cropped_stays_the_same_share(tmp_path):
+    processor = hf.BitImageProcessorPil(size={"shortest_edge": 64}, crop_size=SIZE)
+    tower = VisionTower(save(tmp_path, FAMILIES["dinov2"][0](), processor), image_size=112)
+    assert tower.processor.size["shortest_edge"] == 128
+
+
+def test_who_takes_one_resolution_only_says_so(tmp_path):
+    folder = save(tmp_path, clip_vision(), CLIP_PIXELS)
+    with pytest.raises(ValueError, match=r"cannot take images of 112 x 112: Input image size"):
+        VisionTower(folder, image_size=112)
+    with pytest.raises(ValueError, match=r"vision\.image_size -3: a picture has at least one pixel"):
+        VisionTower(folder, image_size=-3)
 
 
 def test_images_of_another_size_are_refused(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from PIL import Image
+from transformers import Dinov2Config, Dinov2Model, ViTImageProcessorPil
 
 from bridges.config import Lora, Recipe
 from bridges.data.sources import open_split
@@ -105,6 +106,23 @@ def test_choices_say_what_they_cost(recipe: Recipe, tmp_path: Path) -> None:
     bits = plan_of(recipe)
     assert bits.frozen == found.frozen
     assert cost["language.quantize nf4"].weights == pytest.approx(bits.weights, rel=0.02)
+
+
+def test_twice_the_resolution_costs_its_slots_where_the_encoder_takes_it(recipe: Recipe, tmp_path: Path) -> None:
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8)
+    Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "dino")
+    recipe = captions(recipe, tmp_path)
+    recipe.vision.name = str(tmp_path / "dino")
+    stage = open_stage(recipe)
+    found, towers = plan_of(recipe, stage), (stage.built.model.vision, stage.built.model.bridge)
+    cost = dict(choices(recipe, stage, found))["vision.image_size 64"]
+    assert cost.slots == 4 * found.slots
+    assert cost.positions == pytest.approx(found.positions + 3 * found.slots)
+    assert cost.each > 1.5 * found.each
+    assert (stage.built.model.vision, stage.built.model.bridge) == towers
+    recipe.vision.image_size = 64
+    assert open_stage(recipe).built.model.bridge.num_slots == cost.slots
 
 
 def test_every_second_layer_costs_half_of_every_layer(recipe: Recipe, tmp_path: Path) -> None:
