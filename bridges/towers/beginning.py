@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 APART = "beginning"  # what transformers calls this attention
-MOST = 2**25  # scores of a layer at once; with more of them the beginning is copied for each row, and none are written
+FEW = 16  # new tokens of a row: with more, writing their scores takes longer than a copy of the beginning for each row
 
 KeysValues = tuple[Float[Tensor, "1 g p c"], Float[Tensor, "1 g p c"]]
 
@@ -97,7 +97,7 @@ def attend(
     keys, values = before = whole_key.before
     rows, heads, new, _ = query.shape
     groups, shared = key.shape[1], keys.shape[2]
-    if rows * heads * new * (shared + key.shape[2]) > MOST:
+    if new > FEW:
         told = whole(before, (key, value))
         return sdpa_attention_forward(module, query, *told, attention_mask, scaling=scaling, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

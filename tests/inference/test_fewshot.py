@@ -153,7 +153,7 @@ def test_in_every_family_a_batch_says_what_each_whole_prompt_alone_does(
     language = assembled.model.language
     language.end_ids = frozenset()
     if how == "written out":
-        monkeypatch.setattr(beginning, "MOST", 0)
+        monkeypatch.setattr(beginning, "FEW", 0)
     if how == "not its own attention":
         language.model.set_attn_implementation("eager")
     expected = [complete(assembled, [whole(shots, query)], 10)[0] for query in queries]
