@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 from PIL.Image import Image
 
@@ -67,6 +68,9 @@ def opened(path: Path) -> Image:
 
 
 def expanded(text: str) -> Path:
+    """A path with ~ for home, or the one that a file URL means, which some terminals give for a dropped file."""
+    if text.startswith("file://"):
+        return Path(unquote(urlparse(text).path))
     return Path(os.path.expanduser(text))  # noqa: PTH111  Path's own raises at a ~ without a user
 
 

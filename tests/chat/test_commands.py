@@ -142,3 +142,9 @@ def test_exit_leaves(chat: Chat) -> None:
 
 def test_a_text_without_paths_has_none() -> None:
     assert paths_in("  ") == []
+
+
+def test_a_file_url_is_the_file_that_it_means(folder: Path) -> None:
+    url = (folder / "my dog.png").as_uri()
+    assert "%20" in url
+    assert paths_in(f"{url} cat.png") == [folder / "my dog.png", Path("cat.png")]
