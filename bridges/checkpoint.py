@@ -33,7 +33,10 @@ def save_checkpoint(folder: Path, built: Built) -> None:
 
 
 def load(folder: str | Path) -> Assembled:
-    """The model of a checkpoint folder. ValueError when towers or weights are not the ones it was trained with."""
+    """The model of a checkpoint folder, on this machine's accelerator where there is one.
+
+    ValueError when towers or weights are not the ones it was trained with.
+    """
     recipe = recipe_of(Path(folder))
     if recipe.objectives:
         raise ValueError(
@@ -42,14 +45,8 @@ def load(folder: str | Path) -> Assembled:
         )
     built = build(recipe, fresh=False)
     fill(built, Path(folder))
+    built.model.to(fastest_device())
     return built
-
-
-def load_on_fastest(folder: str | Path) -> Assembled:
-    """`load`, and the model is on this machine's accelerator where there is one."""
-    assembled = load(folder)
-    assembled.model.to(fastest_device())
-    return assembled
 
 
 def load_pairs(folder: str | Path) -> Paired:
@@ -61,6 +58,7 @@ def load_pairs(folder: str | Path) -> Paired:
         )
     built = build_pairs(recipe, fresh=False)
     fill(built, Path(folder))
+    built.model.to(fastest_device())
     return built
 
 

@@ -69,13 +69,13 @@ def load_chat(console: Console, checkpoint: str, settings: Settings) -> Chat:
     """The model, on the accelerator where there is one, while a spinner says what is loaded."""
     with console.status(Text(f"loading {checkpoint}")) as status:
         # torch comes with them, which takes seconds: the spinner turns already
-        from bridges.checkpoint import load_on_fastest
+        from bridges.checkpoint import load
         from bridges.inference.session import Session
         from bridges.saved import read_config
 
         towers = read_config(Path(checkpoint))["towers"]
         status.update(Text(f"loading {checkpoint}: {towers['vision']['name']} and {towers['language']['name']}"))
-        return Chat(Session(load_on_fastest(checkpoint)), settings)
+        return Chat(Session(load(checkpoint)), settings)
 
 
 def greet(chat: Chat, console: Console) -> None:

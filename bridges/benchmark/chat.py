@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bridges.benchmark.rounds import enough
-from bridges.checkpoint import load_on_fastest
+from bridges.checkpoint import load
 from bridges.data.conversation import Turn
 from bridges.data.pictures import open_picture
 from bridges.inference.decoding import Choose, until_end
@@ -42,7 +42,7 @@ def chat(
     if len(image) not in (0, 2):
         raise ValueError(f"the conversation has two pictures, not {len(image)}")
     pictures = [open_picture(Path(path)) for path in image] or [noise(seed) for seed in (0, 1)]
-    session = Session(load_on_fastest(checkpoint))
+    session = Session(load(checkpoint))
     three_turns(session, pictures)
     encoded = session.looker.features.encoded
     last = Turn("user", [QUESTIONS[3]])

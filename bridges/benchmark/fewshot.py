@@ -7,7 +7,7 @@ from rich.console import Console
 
 from bridges.benchmark.naive import from_cache
 from bridges.benchmark.rounds import figures, in_turns, table
-from bridges.checkpoint import load_on_fastest
+from bridges.checkpoint import load
 from bridges.evaluation.fewshot_bench import Bench, Plan
 from bridges.evaluation.fewshot_tasks import Task, read_form
 from bridges.inference.demonstrations import fixed
@@ -44,7 +44,7 @@ def fewshot(
     Raises ValueError where they do not answer alike.
     """
     told = console or Console()
-    assembled = load_on_fastest(checkpoint)
+    assembled = load(checkpoint)
     if not assembled.model.language.shares(1):
         raise ValueError(f"{assembled.model.language.name} cannot share a beginning, so nothing is kept to be compared")
     bench = Bench(assembled, data, Plan(task, (shots,), "fixed", queries, 1, kind, pool, batch), read_form(task), told)

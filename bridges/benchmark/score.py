@@ -8,7 +8,7 @@ from torch import Tensor
 from bridges.benchmark.chat import noise
 from bridges.benchmark.naive import from_cache, row_by_row
 from bridges.benchmark.rounds import enough, figures, in_turns, table
-from bridges.checkpoint import load_on_fastest
+from bridges.checkpoint import load
 from bridges.inference.features import Features
 from bridges.inference.fewshot import FewShot
 from bridges.inference.prompts import Prompt
@@ -32,7 +32,7 @@ def score(checkpoint: str, rounds: int = 5, context: int = 120, console: Console
     Raises ValueError for fewer than 3 rounds, a bridge or a language model that cannot share, or unequal scores.
     """
     enough(rounds)
-    assembled = load_on_fastest(checkpoint)
+    assembled = load(checkpoint)
     model = assembled.model
     model.keeps_prefix = False  # nothing is kept where the prompt is read anew
     reader = FewShot(assembled, features=Features(assembled))

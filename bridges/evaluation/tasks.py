@@ -79,7 +79,8 @@ def listen(assembled: Assembled, examples: Sequence[Example], see: Seen | None =
     vision = assembled.model.vision
     pictures = unique(i for e in examples for c in e.conversations for i in assembled.template.images(c.turns))
     place = {id(picture): number for number, picture in enumerate(pictures)}
-    right = (see(pictures) if see else vision(vision.preprocess(pictures))).to(assembled.model.language.device)
+    device = assembled.model.language.device
+    right = (see(pictures) if see else vision(vision.preprocess(pictures).to(device))).to(device)
 
     for control in CONTROLS:
         features = controlled(right, vision, control)

@@ -33,12 +33,12 @@ def serve(
         import uvicorn
     except ImportError as error:
         raise ValueError(f"bridges serve needs {error.name}: pip install 'mm-bridges[serve]'") from error
-    from bridges.checkpoint import load_on_fastest
+    from bridges.checkpoint import load
     from bridges.serve.app import Api
     from bridges.serve.engine import Engine
 
     opened = address(host, port)  # before the model is loaded, which takes long
-    assembled = load_on_fastest(checkpoint)
+    assembled = load(checkpoint)
     name, engine = Path(checkpoint).resolve().name, Engine(assembled, sessions)
     where = f"[{host}]" if ":" in host else host
 
