@@ -32,7 +32,7 @@ OTHERS: dict[str, Callable[..., Any]] = {
 SMALL: dict[str, Any] = dict(latents=3, depth=1, resampler_heads=2, resampler_head_dim=8, heads=2, head_dim=8)
 # Nothing but the words, so that a picture can be the very first thing.
 BARE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-CLOSE = {torch.float32: 1e-5, torch.float64: 1e-7}  # rotary angles are float32 in either
+CLOSE = {torch.float32: 1e-5, torch.float64: 3e-7}  # rotary angles are float32 in either
 ways_of_seeing = pytest.mark.parametrize("sees", ["last", "all"])
 
 

@@ -48,7 +48,10 @@ MAY: dict[str, set[str]] = {
         "sight",
         "towers",
     },
-    "evaluation": {"build", "checkpoint", "config", "data", "files", "inference", "objectives", "saved", "store"},
+    "evaluation": {
+        *("build", "checkpoint", "config", "data", "files"),
+        *("inference", "objectives", "saved", "store", "towers"),
+    },
     "interop": set(),
     "chat": {"build", "checkpoint", "data", "files", "inference", "interrupt", "saved"},
     "serve": {"build", "checkpoint", "data", "inference"},

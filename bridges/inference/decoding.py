@@ -143,9 +143,10 @@ def go_on(
     model, language = assembled.model, assembled.model.language
     room(language, max(len(text.ids) for text in texts), max_new_tokens)
     if features is None:
-        pictures = [image for text in texts for image in text.images]
-        features = model.vision(model.vision.preprocess(pictures).to(language.device))
-    begun = begin(model, texts, features, max_new_tokens)
+        pixels = model.vision.preprocess([image for text in texts for image in text.images])
+        begun = begin(model, texts, model.vision(pixels.to(language.device)), max_new_tokens)
+    else:
+        begun = begin(model, texts, features, max_new_tokens)
     return say(language, begun, max_new_tokens, lambda ids: ids[-1] in language.end_ids, choose)
 
 

@@ -100,8 +100,8 @@ def attend(
     if new > FEW:
         told = whole(before, (key, value))
         return sdpa_attention_forward(module, query, *told, attention_mask, scaling=scaling, **kwargs)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query = rearrange(query * scaling, "b (g r) t c -> b g (r t) c", g=groups)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query = rearrange(query * scale, "b (g r) t c -> b g (r t) c", g=groups)
     scores = rearrange(rearrange(query, "b g n c -> g (b n) c") @ keys[0].mT, "g (b n) p -> b g n p", b=rows)
     scores = torch.cat([scores, query @ key.mT], dim=-1).float()
     if attention_mask is not None:

@@ -115,14 +115,16 @@ def test_without_include_usage_no_chunk_has_it_and_the_last_says_why_it_ended(se
     assert not any("usage" in chunk for chunk in read)
 
 
-def test_eight_clients_at_once_each_hear_what_they_hear_alone(built: Assembled, served: Served) -> None:
+def test_eight_clients_at_once_each_hear_what_they_hear_alone(built: Assembled) -> None:
+    """With room for all that they begin: what is forgotten is read again from its words, and those of random weights
+    are broken characters, which are not the tokens that were said."""
     pictures = [noise(seed) for seed in range(8)]
+    with serving(built, sessions=24) as served, ThreadPoolExecutor(8) as pool:
 
-    def one(picture: Image.Image) -> list[str]:
-        with served.client() as client:
-            return talk(client, picture)[0]
+        def one(picture: Image.Image) -> list[str]:
+            with served.client() as client:
+                return talk(client, picture)[0]
 
-    with ThreadPoolExecutor(8) as pool:
         heard = list(pool.map(one, pictures))
     turns = [
         [Turn("user", [picture, QUESTIONS[0]]), *(Turn("user", [q]) for q in QUESTIONS[1:])] for picture in pictures
