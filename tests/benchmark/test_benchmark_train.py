@@ -150,6 +150,7 @@ def test_the_command_prints_a_table_and_names_who_is_absent(
     assert kept["ours"]["peak bytes"] > 1e8
 
 
+@pytest.mark.slow  # a minute and a half
 def test_training_to_a_loss_takes_all_the_same_steps_and_tells_the_seconds(
     given: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

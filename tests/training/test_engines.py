@@ -118,6 +118,7 @@ def test_a_process_of_zero_killed_in_its_saves_goes_on_to_the_same_bits(run: Rec
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow  # a minute; CI has the same without LoRA
 @needs_deepspeed
 def test_lora_beside_every_engine_is_lora_in_one_process(run: Recipe, tmp_path: Path) -> None:
     """With the frozen weights shared out too, all of them, and gone on with by another engine."""
