@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
+import seeding
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -51,6 +52,12 @@ from bridges.towers.language import LanguageTower
 signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest.register_assert_rewrite("fusing")  # its assertions tell as much as those of a test
 torch.set_num_threads(1)  # for tensors this small a second thread costs several times what it saves
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Of a conftest the hooks see no fixture of the session; of a plugin they see all."""
+    config.pluginmanager.register(seeding)
+
 
 SENTENCES = [
     "There is a cat on the left of the red house, and a dog that looks at it.",

@@ -175,7 +175,7 @@ def test_pictures_matter_and_so_do_those_of_the_shots(
     base = FewShot(model, shots).score(queries[:1], LABELS).total
     other_query = FewShot(model, shots).score([[pictures[2], *queries[0][1:]]], LABELS).total
     other_shot = FewShot(model, [[pictures[1], *shots[0][1:]], *shots[1:]]).score(queries[:1], LABELS).total
-    assert (base - other_query).abs().max() > 1e-3
+    assert (base - other_query).abs().max() > 1e-5
     assert (base - other_shot).abs().max() > 1e-5
 
 
