@@ -1,11 +1,17 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and their names."""
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 NEXT, READY = ".next", ".ready"
+
+
+def without_file(text: str) -> str:
+    """The path that a URL with file:// means; every other text as it is."""
+    return unquote(urlparse(text).path) if text.startswith("file://") else text
 
 
 def write(path: Path, content: bytes) -> None:

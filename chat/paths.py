@@ -4,11 +4,11 @@ import os
 import re
 import shlex
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 from PIL.Image import Image
 
 from bridges.data.pictures import open_picture
+from bridges.files import without_file
 
 AT = re.compile(r"""(?<!\S)@(?:"([^"]+)"|'([^']+)'|((?:\\.|[^\s\\])+))""")
 SUFFIX = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?|avif|ppm)$", re.IGNORECASE)
@@ -69,9 +69,7 @@ def opened(path: Path) -> Image:
 
 def expanded(text: str) -> Path:
     """A path with ~ for home, or the one that a file URL means, which some terminals give for a dropped file."""
-    if text.startswith("file://"):
-        return Path(unquote(urlparse(text).path))
-    return Path(os.path.expanduser(text))  # noqa: PTH111  Path's own raises at a ~ without a user
+    return Path(os.path.expanduser(without_file(text)))  # noqa: PTH111  Path's own raises at a ~ without a user
 
 
 def exists(path: Path) -> bool:

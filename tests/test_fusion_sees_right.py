@@ -20,9 +20,7 @@ from fusing import (
 )
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from bridges.data.batch import pack
 from bridges.data.conversation import Turn

@@ -21,7 +21,7 @@ MAY: dict[str, set[str]] = {
     "towers": {"sight"},
     "recipe": {"config"},
     "adapter": {"config", "towers"},
-    "data": {"config"},
+    "data": {"config", "files"},
     "model": {"base", "layout", "sight", "towers"},
     "objectives": {"a bridge", "layers", "layout", "model", "data", "pairs", "towers"},
     "saved": {"adapter", "base", "config", "files", "recipe", "towers"},

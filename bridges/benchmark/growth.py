@@ -27,6 +27,7 @@ from bridges.data.conversation import Conversation, Example, Turn
 from bridges.data.scenes import NOUNS
 from bridges.files import write
 from bridges.recipe import read_recipe
+from bridges.towers.precision import fastest_device
 from bridges.training.engine import Engine, open_accelerator
 from bridges.training.feed import Share
 from bridges.training.loop import adam, train_step
@@ -72,7 +73,7 @@ def growth(
     told, read = console or Console(), read_recipe(recipe)
     whole = replace(read, vision=replace(read.vision, cache=None), data=replace(read.data, max_length=10**6))
     assembled = build(whole)
-    assembled.model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    assembled.model.to(fastest_device())
     found: dict[str, list[Point]] = {}
     for axis, sizes in axes.items():
         with told.status(axis):

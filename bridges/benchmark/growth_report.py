@@ -1,11 +1,17 @@
 """What steps of growing size took, beside what their count of multiplications foretells: tables, a sentence, a plot."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import log
+from typing import TYPE_CHECKING
 
 from rich.table import Table
+
+from bridges.evaluation.plots import drawn, finished
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ALIKE = 1.1
 COLOUR = "#2f80ed"
@@ -82,31 +88,24 @@ def sentence(axis: str, points: Sequence[Point]) -> str:
 
 def plot_text(found: Mapping[str, Sequence[Point]]) -> str:
     """An SVG: a panel for each size that grows, both axes logarithmic, so that what is in proportion is straight."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+    return drawn(partial(_draw, found), 3.4 * len(found), 3.2)
+
+
+def _draw(found: Mapping[str, Sequence[Point]], figure: "Figure") -> None:
     from matplotlib.ticker import LogLocator
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bridges", "font.size": 9}):
-        figure = Figure(figsize=(3.4 * len(found), 3.2), layout="constrained")
-        FigureCanvasSVG(figure)
-        for axes, (axis, points) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-            sizes = [point.size for point in points]
-            spread = [[p.seconds - p.least for p in points], [p.most - p.seconds for p in points]]
-            middles = [point.seconds for point in points]
-            axes.errorbar(sizes, middles, spread, fmt="o", color=COLOUR, capsize=3, markersize=4, label="measured")
-            axes.plot(sizes, foretold(points), "--", color="grey", linewidth=1, label="by multiplications")
-            axes.set_xscale("symlog" if 0 in sizes else "log", base=2)
-            axes.set_yscale("log")
-            axes.set_xticks(sizes, [str(size) for size in sizes])
-            axes.minorticks_off()
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.set_xlabel(axis)
-            axes.set_ylabel("seconds a step")
-            axes.grid(alpha=0.2)
-            axes.spines[:].set_visible(False)
-            axes.legend(frameon=False)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return text.getvalue()
+    for axes, (axis, points) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        sizes = [point.size for point in points]
+        spread = [[p.seconds - p.least for p in points], [p.most - p.seconds for p in points]]
+        middles = [point.seconds for point in points]
+        axes.errorbar(sizes, middles, spread, fmt="o", color=COLOUR, capsize=3, markersize=4, label="measured")
+        axes.plot(sizes, foretold(points), "--", color="grey", linewidth=1, label="by multiplications")
+        axes.set_xscale("symlog" if 0 in sizes else "log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(axis)
+        axes.set_ylabel("seconds a step")
+        finished(axes)

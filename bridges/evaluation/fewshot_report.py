@@ -1,11 +1,16 @@
 """Figures against the number of demonstrations: a table for the terminal, and a plot."""
 
-import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+
+from bridges.evaluation.plots import drawn, finished
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NAMES = {
     "cider": "CIDEr-D",
@@ -55,30 +60,21 @@ def summary(trials: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
 
 def plot(result: Mapping[str, Any]) -> str:
     """An SVG: a panel for each metric, score against shots, with the baselines."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+    return drawn(partial(_draw, result), 4.2 * len(result["majority"]), 3.4)
 
+
+def _draw(result: Mapping[str, Any], figure: "Figure") -> None:
     metrics, shots = list(result["majority"]), [int(k) for k in result["figures"]]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bridges", "font.size": 9}):
-        figure = Figure(figsize=(4.2 * len(metrics), 3.4), layout="constrained")
-        FigureCanvasSVG(figure)
-        for axes, metric, colour in zip(
-            figure.subplots(1, len(metrics), squeeze=False)[0], metrics, COLOURS, strict=False
-        ):
-            for control, style in (("image", "o-"), ("shuffled", "o:")):
-                each = [figures[control][metric] for figures in result["figures"].values()]
-                means, errors = [one["mean"] for one in each], [one["spread"] or 0.0 for one in each]
-                name = "own picture" if control == "image" else "another query's picture"
-                axes.errorbar(shots, means, errors, fmt=style, color=colour, capsize=3, markersize=4, label=name)
-            axes.axhline(result["majority"][metric], color="grey", linewidth=1, label="commonest answer")
-            axes.set_xticks(shots)
-            axes.set_xlabel("demonstrations")
-            axes.set_title(NAMES[metric])
-            axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.2)
-            axes.spines[:].set_visible(False)
-            axes.legend(frameon=False)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return text.getvalue()
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, metric, colour in zip(panels, metrics, COLOURS, strict=False):
+        for control, style in (("image", "o-"), ("shuffled", "o:")):
+            each = [figures[control][metric] for figures in result["figures"].values()]
+            means, errors = [one["mean"] for one in each], [one["spread"] or 0.0 for one in each]
+            name = "own picture" if control == "image" else "another query's picture"
+            axes.errorbar(shots, means, errors, fmt=style, color=colour, capsize=3, markersize=4, label=name)
+        axes.axhline(result["majority"][metric], color="grey", linewidth=1, label="commonest answer")
+        axes.set_xticks(shots)
+        axes.set_xlabel("demonstrations")
+        axes.set_title(NAMES[metric])
+        axes.set_ylim(bottom=0)
+        finished(axes)

@@ -1,17 +1,21 @@
 """What a run came to, as one HTML file to hand over."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from bridges.data.pictures import data_url
+from bridges.evaluation.plots import drawn
 from bridges.evaluation.table import Row, Table, columns, interval, is_kind, label_of, meanings, number
 from bridges.files import write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = {"image": "#2f80ed", "shuffled": "#e07b1a", "blank": "#a259d9"}
 GREY = "#7f7f80"  # stands for the page's own text colour in the plot
@@ -111,35 +115,28 @@ def plot_history(history: Sequence[Mapping[str, Any]], unit: str = "nats per tok
     Rows {"step", "loss"} make the training loss, rows {"step", "validation": {"caption_nll": {"image", "shuffled",
     "blank"}}} the validation NLL with its baselines. Other rows and keys are for other readers.
     """
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+    svg = drawn(partial(_draw, history, unit), 4.6, 3.2, transparent=True).replace(GREY, "currentColor")
+    return svg[svg.index("<svg") :]
 
+
+def _draw(history: Sequence[Mapping[str, Any]], unit: str, figure: "Figure") -> None:
     losses = [(row["step"], row["loss"]) for row in history if "loss" in row]
     checks = [(row["step"], row["validation"].get("caption_nll", {})) for row in history if "validation" in row]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bridges", "font.size": 9}):
-        figure = Figure(figsize=(4.6, 3.2), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        if losses:
-            axes.plot(*zip(*losses, strict=True), color=GREY, alpha=0.7, linewidth=1, label="training loss")
-        for name, colour in COLOURS.items():
-            points = [(step, nll[name]) for step, nll in checks if nll.get(name) is not None]
-            if points:
-                label = f"validation, {name}"
-                axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.8, markersize=3, label=label)
-        axes.set_xlabel("step", color=GREY)
-        axes.set_ylabel(unit, color=GREY)
-        axes.tick_params(colors=GREY)
-        axes.grid(color=GREY, alpha=0.2, linewidth=0.6)
-        axes.spines[:].set_visible(False)
-        if axes.lines:
-            figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=GREY)
-        text = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # the same run gives the same file
-        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    svg = text.getvalue().replace(GREY, "currentColor")
-    return svg[svg.index("<svg") :]
+    axes = figure.add_subplot()
+    if losses:
+        axes.plot(*zip(*losses, strict=True), color=GREY, alpha=0.7, linewidth=1, label="training loss")
+    for name, colour in COLOURS.items():
+        points = [(step, nll[name]) for step, nll in checks if nll.get(name) is not None]
+        if points:
+            label = f"validation, {name}"
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.8, markersize=3, label=label)
+    axes.set_xlabel("step", color=GREY)
+    axes.set_ylabel(unit, color=GREY)
+    axes.tick_params(colors=GREY)
+    axes.grid(color=GREY, alpha=0.2, linewidth=0.6)
+    axes.spines[:].set_visible(False)
+    if axes.lines:
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=GREY)
 
 
 def _split(name: str, rows: Mapping[str, Row], shown: Sequence[str]) -> str:

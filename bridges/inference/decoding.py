@@ -1,7 +1,7 @@
 """One token after another, for one text or for many side by side: what chat, few-shot and evaluation share."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -144,9 +144,8 @@ def go_on(
     room(language, max(len(text.ids) for text in texts), max_new_tokens)
     if features is None:
         pixels = model.vision.preprocess([image for text in texts for image in text.images])
-        begun = begin(model, texts, model.vision(pixels.to(language.device)), max_new_tokens)
-    else:
-        begun = begin(model, texts, features, max_new_tokens)
+        features = cast(Tensor, model.vision(pixels.to(language.device)))
+    begun = begin(model, texts, features, max_new_tokens)
     return say(language, begun, max_new_tokens, lambda ids: ids[-1] in language.end_ids, choose)
 
 

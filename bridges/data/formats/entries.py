@@ -6,12 +6,12 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlparse
 
 from PIL import Image
 
 from bridges.data.documents import document, is_document
 from bridges.data.formats.chats import cauldron, llava, messages, prompt
+from bridges.files import without_file
 
 PICTURE = ("path", "image", "file_name", "filepath")
 CAPTION = ("caption", "captions", "text", "title")
@@ -141,7 +141,7 @@ def reference(value: Any, column: str, images: list[bytes]) -> str:
     """
     match value:
         case str(path) if path.strip():
-            return unquote(urlparse(path).path) if path.startswith("file://") else path
+            return without_file(path)
         case {"bytes": bytes(data)} | bytes(data):
             place = f"{BYTES}{len(images)}\0{hashlib.sha256(data).hexdigest()[:32]}"
             images.append(data)

@@ -8,9 +8,9 @@ from typing import Any, cast
 from urllib.parse import quote, unquote, urlparse
 
 import fsspec
-from aiohttp import ClientTimeout
 
 from bridges.data.pictures import BrokenPicture
+from bridges.files import without_file
 
 Place = Path | str
 """A path here, or a URL."""
@@ -21,8 +21,7 @@ MARKS = ("ETag", "Content-MD5", "Digest", "Last-Modified")
 
 def place_of(source: str) -> Place:
     """A path, unless it is a URL of another kind than file://."""
-    if source.startswith("file://"):
-        return Path(unquote(urlparse(source).path))
+    source = without_file(source)
     return source if "://" in source else Path(source)
 
 
@@ -116,9 +115,13 @@ def piece(place: Place, first: int, count: int) -> bytes:
 
 def found(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path there. ValueError where fsspec knows none, or lacks a package for it."""
-    patience = {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=10, sock_read=30)}}
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):
+        from aiohttp import ClientTimeout
+
+        options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=10, sock_read=30)}
     try:
-        return fsspec.core.url_to_fs(url, **(patience if url.startswith(("http://", "https://")) else {}))
+        return fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{url} cannot be opened: {one_line(error)}") from None
 
