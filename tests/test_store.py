@@ -92,7 +92,7 @@ def test_stated_errors_are_those_of_each_form() -> None:
         packed(torch.full((1, 1, 1), 7e4), "fp16")
 
 
-@pytest.mark.parametrize(("form", "tolerance"), [("fp32", 0.0), ("fp16", 1e-3), ("int8", 5e-2)])
+@pytest.mark.parametrize(("form", "tolerance"), [("fp32", 1e-5), ("fp16", 1e-2), ("int8", 5e-2)])
 def test_a_run_with_kept_features_has_the_losses_of_one_without(
     run: Recipe, tmp_path: Path, form: Form, tolerance: float
 ) -> None:
