@@ -1,4 +1,3 @@
-import time
 from copy import deepcopy
 
 import pytest
@@ -38,13 +37,11 @@ def test_emulated_bfloat16_loses_a_real_race():
     assert not bfloat16_wins()
 
 
-def test_the_race_is_short_and_run_once(monkeypatch):
+def test_the_race_is_run_once(monkeypatch):
     races = []
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(precision, "bfloat16_wins", lambda: not races.append(bfloat16_wins()))
-    start = time.perf_counter()
     assert fastest_dtype(CPU) is fastest_dtype(CPU) is torch.bfloat16
-    assert time.perf_counter() - start < 1  # 0.1 s on a quiet machine
     assert len(races) == 1
 
 
