@@ -177,13 +177,15 @@ def test_the_interval_of_a_mean_is_the_one_of_the_normal_law():
         interval(lambda rows: 0.0, 0)
 
 
-def test_a_thousand_resamples_of_500_captions_take_under_a_second():
+def test_resampling_counts_no_words_again() -> None:
+    """A thousand resamples take less than counting twice; each for itself they would take a thousand times that."""
     random = np.random.default_rng(0)
     sentences = [" ".join(random.choice(WORDS, 10)) for _ in range(3000)]
     candidates, references = sentences[:500], [sentences[500 + 5 * i : 505 + 5 * i] for i in range(500)]
+    start = time.process_time()
     counts, scores = bleu_counts(candidates, references), cider_d(candidates, references)
-    start = time.perf_counter()
+    counted = time.process_time()
     low, high = interval(lambda rows: bleu(counts[rows]), 500)
     interval(lambda rows: float(scores[rows].mean()), 500)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - counted < 2 * (counted - start)
     assert low < bleu(counts) < high
