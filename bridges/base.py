@@ -57,6 +57,11 @@ class Bridge(nn.Module):
         A bridge that fills slots may scale its last weights so that they start at the size the model is used to.
         """
 
+    @property
+    def last(self) -> nn.Linear | None:
+        """The linear layer whose outputs are the slots, where they are: `train.regression` can set it."""
+        return None
+
     def shape(self) -> str:
         """In words, what a picture becomes."""
         if not self.blocks:

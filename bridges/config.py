@@ -126,6 +126,9 @@ class Train:
     """Compute the language model's layers again in the backward pass: less memory, about a third more time."""
     clip: float = 1.0
     """Greatest norm of the gradient."""
+    regression: int = 0
+    """Examples on which a projector is fitted, in seconds, to the words said about each picture, before the first
+    step; 0: it starts at random."""
     seed: int = 0
     """Of the bridge's first weights and of the order of the data."""
     evaluate_every: int = 100

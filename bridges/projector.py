@@ -6,7 +6,7 @@ MiniGPT-v2 (2310.09478), pixel shuffle as in Idefics3 (2408.12637), average pool
 
 import math
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +56,13 @@ class Projector(Bridge):
         self.norm = nn.LayerNorm(self.width) if norm else nn.Identity()
         self.layers = nn.Sequential(*layers)
 
+    @property
+    def last(self) -> nn.Linear:
+        return cast(nn.Linear, self.layers[-1])
+
     def match_scale(self, embedding_rms: float) -> None:
         """Slots start at the RMS of the token embeddings: whatever comes in with `norm`, for unit RMS without."""
-        last = self.layers[-1]
-        assert isinstance(last, nn.Linear)
+        last = self.last
         with torch.no_grad():  # the layers before shrink what they are given, so the last makes up for it
             inner = self.layers[:-1](torch.randn(256, self.width)).pow(2).mean().sqrt().item()
         nn.init.normal_(last.weight, std=embedding_rms / (inner * math.sqrt(last.in_features)))

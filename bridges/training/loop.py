@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from torch import Tensor, nn
 
 from bridges.build import trained
@@ -21,6 +22,7 @@ from bridges.saved import CONFIG
 from bridges.training.display import Display
 from bridges.training.engine import Engine, open_accelerator, seed_step
 from bridges.training.feed import Share, Source, open_sources, prefetched, sizes_of, tell_broken
+from bridges.training.regression import start_at_words
 from bridges.training.stage import Figures, Loss, Stage, open_stage, refuse_equal_captions
 from bridges.training.state import restore, save_best, save_run, steps_done
 from bridges.training.zero import chosen_engine, open_engine, zero_settings
@@ -51,6 +53,8 @@ def train(recipe: Recipe, resume: bool = False, engine: str | None = None) -> Pa
     refuse_equal_captions(stage, sources[0].data)
     held = validation_batch(stage, min(settings.evaluate_size, settings.batch * 4))
     first, moments = restore(stage.built, sizes_of(sources)) if resume else (0, {})
+    if not first:
+        start_at_words(stage, sources[0].data, Console(quiet=not accelerator.is_main_process))
     accelerator.wait_for_everyone()
 
     with Display(stage.built, first, accelerator) as display, interruptible() as stop:
