@@ -30,9 +30,9 @@ TOGETHER, FEWEST = 32, 20
 
 def start_at_words(stage: Stage, data: MapStyle[Example], console: Console) -> None:
     """Fit the last layer of a fresh bridge to `train.regression` examples, those with a single picture. A tenth is held
-    out: where nothing of that is explained, the bridge stays as it is.
+    out: where nothing of that is explained, or there are fewer than 20, the bridge stays as it is.
 
-    Raises ValueError where there is no such layer, another start, or too few such examples.
+    Raises ValueError where there is no such layer, or another start.
     """
     built = stage.built
     if not (count := built.recipe.train.regression):
@@ -41,14 +41,15 @@ def start_at_words(stage: Stage, data: MapStyle[Example], console: Console) -> N
     if not isinstance(built, Assembled) or last is None:
         raise ValueError(
             f"train.regression {count}: {built.recipe.bridge['name']} has no linear layer from pictures to a language "
-            "model's embeddings here; leave it out"
+            "model's embeddings here; set it to 0"
         )
     if built.recipe.start:
-        raise ValueError(f"train.regression {count} would undo what start {built.recipe.start} brings; leave one out")
+        raise ValueError(f"train.regression {count} would undo what start {built.recipe.start} brings; set it to 0")
     places = [int(place) for place in shuffled(built.recipe.train.seed, 0, len(data))[:count]]
     seen, slots, texts = read(built, last, stage.store, data, places, console)
     if len(texts) < FEWEST:
-        raise ValueError(f"train.regression: {len(texts)} of {len(places)} examples have one picture, {FEWEST} must")
+        console.print(f"regression: {len(texts)} examples with one picture are too few; the bridge starts at random")
+        return
     explained = fit(last, seen, meant(built, texts), slots, SIZE * built.model.language.embedding_rms())
     console.print(
         f"regression on {len(texts)} pictures: explains {explained:.2f} of the words about pictures held out (0: their "
