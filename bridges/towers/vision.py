@@ -157,13 +157,13 @@ class VisionTower(nn.Module):
         """
         return self._fingerprint
 
+    @torch.enable_grad()
     def used(self) -> set[str]:
         """Names of the encoder's weights that features come through: not those of the layers after `layer`."""
         weights, states = self._states_on_meta()
         found = torch.autograd.grad(states[self.layer].sum(), list(weights.values()), allow_unused=True)
         return {name for name, gradient in zip(weights, found, strict=True) if gradient is not None}
 
-    @torch.enable_grad()
     def _states_on_meta(self) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """Weights, and every hidden state of one image, without computing: the encoder runs on the meta device."""
         weights = {key: tensor.to("meta").requires_grad_() for key, tensor in self.encoder.named_parameters()}
