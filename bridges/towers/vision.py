@@ -127,13 +127,12 @@ class VisionTower(nn.Module):
         if size != self.image_size:
             raise ValueError(f"{self.name} takes images of {self.image_size} (y, x), got {size}")
         pixel_values, trains = pixel_values.to(self.dtype), bool(self.adapters) and torch.is_grad_enabled()
-        if not len(pixel_values):
-            if not trains:
-                return pixel_values.new_empty(0, self.num_patches, self.dim)
-            # a black picture that nobody sees: every process of a parallel run has the adapter in its graph
-            return self(pixel_values.new_zeros(1, 3, *size))[:0]
+        if not len(pixel_values) and not trains:
+            return pixel_values.new_empty(0, self.num_patches, self.dim)
+        # with none, a black picture that nobody sees: every process of a parallel run has the adapter in its graph
+        shown = pixel_values if len(pixel_values) else pixel_values.new_zeros(1, 3, *size)
         with torch.set_grad_enabled(trains):
-            return self._features(pixel_values)
+            return self._features(shown)[: len(pixel_values)]
 
     def _features(self, pixel_values: Float[Tensor, "n 3 y x"]) -> Float[Tensor, "n p v"]:
         if self._is_map:

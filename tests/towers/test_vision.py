@@ -188,7 +188,7 @@ def test_an_adapter_trains_all_that_features_come_through_and_can_be_folded(tmp_
 def test_an_encoder_of_convolutions_alone_takes_no_adapter(tmp_path):
     build, processor, _, _ = FAMILIES["resnet"]
     tower = VisionTower(save(tmp_path, build(), processor))
-    with pytest.raises(ValueError, match="vision.lora: features of .* come through no linear layer"):
+    with pytest.raises(ValueError, match=r"vision.lora: features of .* come through no linear layer"):
         adapter.attach(tower, Lora())
 
 

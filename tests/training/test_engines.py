@@ -132,8 +132,9 @@ def test_a_process_of_zero_killed_at_any_moments_goes_on_to_the_same_bits(run: R
 @pytest.mark.slow  # a minute; CI has the same without LoRA
 @needs_deepspeed
 def test_lora_beside_every_engine_is_lora_in_one_process(run: Recipe, tmp_path: Path) -> None:
-    """With the frozen weights shared out too, all of them, and gone on with by another engine."""
-    run = replace(run, lora=Lora(rank=2, lr=3e-3), train=replace(run.train, steps=3, save_every=2))
+    """On both towers, with the frozen weights shared out too, all of them, and gone on with by another engine."""
+    run = replace(run, lora=Lora(rank=2, lr=3e-3), vision=replace(run.vision, lora=Lora(rank=3, lr=2e-3)))
+    run = replace(run, train=replace(run.train, steps=3, save_every=2))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain(asdict(run))))
     (tmp_path / "all.json").write_text(
         json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
@@ -148,8 +149,20 @@ def test_lora_beside_every_engine_is_lora_in_one_process(run: Recipe, tmp_path: 
     for name in (*engines, "stopped"):
         assert losses(tmp_path / name) == pytest.approx(losses(one), abs=1e-5), name
         assert difference(tmp_path / name, one) < 1e-5, name
-        assert difference(tmp_path / name, one, WEIGHTS["language"]) < 1e-5, name
-        assert (tmp_path / name / WEIGHTS["language"]).stat().st_size == (one / WEIGHTS).stat().st_size
+        for file in WEIGHTS.values():
+            assert difference(tmp_path / name, one, file) < 1e-5, (name, file)
+            assert (tmp_path / name / file).stat().st_size == (one / file).stat().st_size
+
+
+def test_a_vision_adapter_trains_on_two_processes_of_which_one_has_no_picture(run: Recipe, tmp_path: Path) -> None:
+    run = replace(run, vision=replace(run.vision, lora=Lora(rank=2)), train=replace(run.train, steps=3))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain(asdict(run))))
+    one = train(replace(run, output=str(tmp_path / "one")))
+    ended = launch([f"train {tmp_path / 'recipe.yaml'} --output={tmp_path}/ddp --engine ddp"])
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert losses(tmp_path / "ddp") == pytest.approx(losses(one), abs=1e-5)
+    for file in ("bridge.safetensors", WEIGHTS["vision"]):
+        assert difference(tmp_path / "ddp", one, file) < 1e-5, file
 
 
 def test_processes_that_disagree_about_the_recipe_are_told(run: Recipe, tmp_path: Path) -> None:
