@@ -164,8 +164,9 @@ def start_from(start: str | None, built: Built) -> None:
         built.model.bridge.adopt(weights)
     except ValueError as error:
         raise ValueError(f"start {folder}: its bridge {error}") from error
-    beside = [kind for kind, name in adapter.FOLDERS.items() if (folder / name).is_dir()]
-    for kind in beside:
+    for kind, name in adapter.FOLDERS.items():
+        if not (folder / name).is_dir():
+            continue
         if kind not in loras(built.recipe):
             raise ValueError(
                 f"start {folder}: its bridge was trained beside an adapter; give the recipe the same "

@@ -53,7 +53,7 @@ class Vision:
     cache_gb: float = 20.0
     """Most that is kept so, in gigabytes; what is beyond is encoded each time."""
     lora: Lora | None = None
-    """LoRA on the encoder, for none with `cache` and no `objectives`; by default it stays as it is."""
+    """LoRA on the encoder (extra `[lora]`), without `cache` and without `objectives`; by default it stays as it is."""
 
 
 @dataclass

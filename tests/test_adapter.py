@@ -46,9 +46,9 @@ def batch(adapted: Assembled, pictures: list[Image.Image]) -> Batch:
 
 
 @torch.no_grad()
-def disturb(language: LanguageTower, seed: int = 0) -> None:
+def disturb(tower: adapter.Tower, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
-    for parameter in adapter.parameters(language):
+    for parameter in adapter.parameters(tower):
         parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
 
 

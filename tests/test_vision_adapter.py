@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_adapter import batch_of, disturb, examples
 from torch import Tensor
-from transformers import CLIPVisionModel
+from transformers import AutoModel, CLIPVisionModel, Dinov2Config, Dinov2Model, ViTImageProcessorPil
 
 from bridges import adapter
-from bridges.build import Assembled, build, build_pairs, trained
+from bridges.build import Assembled, build, build_pairs, towers_of, trained
 from bridges.checkpoint import CARD, load, save_checkpoint
 from bridges.config import Lora, Recipe
 from bridges.data.batch import Batch
@@ -26,9 +26,9 @@ from bridges.merge import merge
 from bridges.objectives.language import language_loss, target_nll
 from bridges.recipe import recipe_from
 from bridges.saved import CONFIG
+from bridges.training.choices import choices
 from bridges.training.display import counts
 from bridges.training.loop import train
-from bridges.training.plan import plan
 from bridges.training.probe import plan_of
 from bridges.training.stage import open_stage
 
@@ -241,12 +241,23 @@ def test_each_adapter_has_its_own_learning_rate(run: Recipe) -> None:
     assert not any(m for n, m in moved.items() if not n.startswith("bridge.") and ".lora_" not in n)
 
 
-def test_a_plan_counts_it(run: Recipe, built: Assembled) -> None:
+def test_a_plan_counts_it(run: Recipe, tmp_path: Path) -> None:
+    """Larger pictures too: this encoder takes them, and has the same adapter then."""
+    sizes: dict[str, Any] = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, mlp_ratio=2)
+    Dinov2Model(Dinov2Config(**sizes, image_size=32, patch_size=8)).save_pretrained(tmp_path / "dino")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "dino")
+    run.vision = replace(run.vision, name=str(tmp_path / "dino"), lora=Lora(rank=2))
     stage = open_stage(run)
-    found, frozen = plan_of(run, stage), sum(p.numel() for p in built.model.vision.parameters())
-    assert found.trained == sum(p.numel() for p in trained(stage.built))
-    assert found.frozen[run.vision.name] == frozen
-    plan(run)
+    assert isinstance(stage.built, Assembled)
+    found = plan_of(run, stage)
+    bridge, *adapters = stage.built.model.bridge, *map(adapter.parameters, towers_of(stage.built).values())
+    size = sum(p.numel() for p in (*bridge.parameters(), *adapters[0], *adapters[1]))
+    assert (found.trained, len(adapters[0]) > 0) == (size, True)
+    assert found.frozen[run.vision.name] == sum(
+        p.numel() for p in AutoModel.from_pretrained(run.vision.name).parameters()
+    )
+    others = dict(choices(run, stage, found))
+    assert others["vision.image_size 64"].trained == size
 
 
 @pytest.mark.parametrize(
