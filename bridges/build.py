@@ -12,7 +12,7 @@ from torch import nn
 
 from bridges import adapter
 from bridges.base import Bridge, bridge_class
-from bridges.config import Recipe
+from bridges.config import Lora, Recipe
 from bridges.data.template import IMAGE_TOKEN_ID, Template
 from bridges.interop.blip2 import is_blip2, read_blip2
 from bridges.model import BridgedModel
@@ -45,9 +45,9 @@ def build(recipe: Recipe, fresh: bool = True, dtype: torch.dtype | None = None) 
     """Frozen towers and a fresh bridge (or that of the checkpoint `start`), in the state before the first step.
 
     Nothing is awake: who trains says `model.train()`. Unless `fresh`, the bridge's weights are to be loaded yet.
-    `dtype` is the language model's, by default what the machine runs fastest.
+    `dtype` is the towers', by default what the machine runs fastest.
     """
-    vision = vision_tower(recipe)
+    vision = vision_tower(recipe, dtype)
     language = language_tower(recipe.language.name, recipe.language.revision, dtype, recipe.language.quantize)
     torch.manual_seed(recipe.train.seed)
     bridge = build_bridge(recipe.bridge, vision.dim, vision.num_patches, language.dim, language.num_layers)
@@ -69,9 +69,9 @@ def build(recipe: Recipe, fresh: bool = True, dtype: torch.dtype | None = None) 
     if fresh:
         bridge.begin()
         bridge.match_scale(language.embedding_rms())
-    if recipe.lora is not None:
-        adapter.attach(language, recipe.lora)
     assembled = assemble(vision, bridge, language, recipe)
+    for kind, lora in loras(recipe).items():
+        adapter.attach(towers_of(assembled)[kind], lora)
     start_from(recipe.start, assembled)
     return assembled
 
@@ -90,6 +90,8 @@ def build_pairs(recipe: Recipe, fresh: bool = True) -> Paired:
         raise ValueError("vision.tiles: a pair is one image and its caption; leave it out for objectives")
     if recipe.lora is not None:
         raise ValueError("lora: there is no language model to put it on; leave it out for objectives")
+    if recipe.vision.lora is not None:
+        raise ValueError("vision.lora: pairs are told apart by what a frozen encoder sees; leave it out for objectives")
     vision = vision_tower(recipe)
     torch.manual_seed(recipe.train.seed)
     bridge = build_bridge(recipe.bridge, vision.dim, vision.num_patches, 0, 0)
@@ -104,13 +106,14 @@ def build_pairs(recipe: Recipe, fresh: bool = True) -> Paired:
     return paired
 
 
-def vision_tower(recipe: Recipe) -> VisionTower:
+def vision_tower(recipe: Recipe, dtype: torch.dtype | None = None) -> VisionTower:
     chosen = recipe.vision
     return VisionTower(
         chosen.name,
         chosen.layer,
         chosen.keep_cls,
         chosen.revision,
+        dtype,
         image_mode=chosen.image_mode,
         tiles=chosen.tiles,
         image_size=chosen.image_size,
@@ -161,15 +164,21 @@ def start_from(start: str | None, built: Built) -> None:
         built.model.bridge.adopt(weights)
     except ValueError as error:
         raise ValueError(f"start {folder}: its bridge {error}") from error
-    if not (folder / adapter.FOLDER).is_dir():
-        return
-    if built.recipe.lora is None:
-        raise ValueError(
-            f"start {folder}: its bridge was trained beside an adapter; give the recipe the same lora, or fold it into "
-            f"the language model first: bridges merge {folder} --output FOLDER"
-        )
-    assert isinstance(built, Assembled)
-    load_adapter(built.model.language, folder)
+    for kind, name in adapter.FOLDERS.items():
+        if not (folder / name).is_dir():
+            continue
+        if kind not in loras(built.recipe):
+            raise ValueError(
+                f"start {folder}: its bridge was trained beside an adapter; give the recipe the same "
+                f"{adapter.KEYS[kind]}, or fold it into the {kind} model first: bridges merge {folder} --output FOLDER"
+            )
+        load_adapter(towers_of(built)[kind], folder)
+
+
+def loras(recipe: Recipe) -> dict[adapter.Kind, Lora]:
+    """The adapters that a recipe asks for, by the name of their tower."""
+    asked: dict[adapter.Kind, Lora | None] = {"language": recipe.lora, "vision": recipe.vision.lora}
+    return {kind: lora for kind, lora in asked.items() if lora is not None}
 
 
 def towers_of(built: Built) -> dict[str, VisionTower | LanguageTower]:
@@ -179,6 +188,6 @@ def towers_of(built: Built) -> dict[str, VisionTower | LanguageTower]:
 
 
 def trained(built: Built) -> list[nn.Parameter]:
-    """All that trains, known by place: the bridge, and the adapter of the language tower."""
+    """All that trains, known by place: the bridge, and the adapters of the towers."""
     own = [p for p in built.model.bridge.parameters() if p.requires_grad]
-    return own + (adapter.parameters(built.model.language) if isinstance(built, Assembled) else [])
+    return own + [p for tower in towers_of(built).values() for p in adapter.parameters(tower)]

@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import save
 
 from bridges import __version__, adapter
-from bridges.build import Assembled, Built, Paired, build, build_pairs, towers_of, trained
+from bridges.build import Assembled, Built, Paired, build, build_pairs, loras, towers_of, trained
 from bridges.files import write
 from bridges.saved import CONFIG, WEIGHTS, check_towers, describe, load_adapter, load_weights, recipe_of
 from bridges.towers.precision import fastest_device
@@ -17,7 +17,7 @@ CARD = "README.md"
 
 
 def save_checkpoint(folder: Path, built: Built) -> None:
-    """Write the bridge's weights, the adapter in peft's own format, the recipe with the towers' fingerprints, a card.
+    """Write the bridge's weights, adapters in peft's own format, the recipe with the towers' fingerprints, a card.
 
     Each file replaces its predecessor in one go. Raises ValueError when the disk is full; nothing is half-written then.
     """
@@ -26,8 +26,9 @@ def save_checkpoint(folder: Path, built: Built) -> None:
     config = {"version": __version__, **asdict(recipe), "towers": towers}
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.bridge.state_dict().items()}
     write(folder / WEIGHTS, save(weights))
-    for name, content in (adapter.files(built.model.language) if isinstance(built, Assembled) else {}).items():
-        write(folder / name, content)
+    for tower in towers_of(built).values():
+        for name, content in adapter.files(tower).items():
+            write(folder / name, content)
     write(folder / CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True).encode())
     write(folder / CARD, card(built).encode())
 
@@ -66,8 +67,8 @@ def fill(built: Built, folder: Path) -> None:
     """Take the weights of a checkpoint, if its towers are these."""
     check_towers(folder, towers_of(built))
     load_weights(built.model.bridge, folder)
-    if isinstance(built, Assembled) and built.recipe.lora is not None:
-        load_adapter(built.model.language, folder)
+    for kind in loras(built.recipe):
+        load_adapter(towers_of(built)[kind], folder)
 
 
 def plain(value: Any) -> Any:
@@ -82,7 +83,8 @@ def card(built: Built) -> str:
     recipe = built.recipe
     names = [tower.name for tower in towers_of(built).values()]
     number = sum(p.numel() for p in trained(built))
-    kind = f"`{recipe.bridge['name']}`" + (" and LoRA on the language model" if recipe.lora else "")
+    kind = f"`{recipe.bridge['name']}`"
+    kind += f" and LoRA on the {' and '.join(loras(recipe))} model" if loras(recipe) else ""
     return (
         f"---\nlibrary_name: mm-bridges\nbase_model: [{', '.join(names)}]\n---\n\n"
         f"# A bridge {'from ' + ' to '.join(names) if len(names) > 1 else 'on ' + names[0]}\n\n"

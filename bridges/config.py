@@ -7,6 +7,27 @@ Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 
 
 @dataclass
+class Lora:
+    """Small matrices beside the frozen linear layers of a tower, which train with the bridge."""
+
+    targets: list[str] = field(default_factory=list)
+    """Names of linear layers, such as [q_proj, v_proj]; by default all but the head, or all that features come
+    through."""
+    rank: int = 16
+    """Rank of what is added to a layer's weight."""
+    alpha: int = 32
+    """What is added is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Of what enters the small matrices, in training."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+    dora: bool = False
+    """Also learn the size of every column of the weight (arXiv 2402.09353)."""
+    lr: float | None = None
+    """Its peak learning rate; by default the bridge's."""
+
+
+@dataclass
 class Vision:
     """The frozen encoder."""
 
@@ -31,6 +52,8 @@ class Vision:
     RECIPE` says whether that helps, and does it ahead. fp32 changes nothing, fp16 and int8 round."""
     cache_gb: float = 20.0
     """Most that is kept so, in gigabytes; what is beyond is encoded each time."""
+    lora: Lora | None = None
+    """LoRA on the encoder (extra `[lora]`), without `cache` and without `objectives`; by default it stays as it is."""
 
 
 @dataclass
@@ -47,26 +70,6 @@ class Language:
     """Keep its linear layers in 8 bits, or in 4 (NormalFloat, quantized twice), with bitsandbytes (extra `[quant]`)."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-
-
-@dataclass
-class Lora:
-    """Small matrices beside the frozen linear layers of the language model, which train with the bridge."""
-
-    targets: list[str] = field(default_factory=list)
-    """Names of linear layers, such as [q_proj, v_proj]; by default all but the head."""
-    rank: int = 16
-    """Rank of what is added to a layer's weight."""
-    alpha: int = 32
-    """What is added is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """Of what enters the small matrices, in training."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
-    dora: bool = False
-    """Also learn the size of every column of the weight (arXiv 2402.09353)."""
-    lr: float | None = None
-    """Its peak learning rate; by default the bridge's."""
 
 
 @dataclass

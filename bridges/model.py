@@ -31,7 +31,7 @@ class Prefix:
 class BridgedModel(nn.Module):
     """A frozen vision tower, a bridge, a frozen language tower.
 
-    All that trains is under `bridge`, and in the `adapters` of the language tower, if it has any.
+    All that trains is under `bridge`, and in the `adapters` of the towers, if they have any.
     """
 
     def __init__(self, vision: VisionTower, bridge: Bridge, language: LanguageTower, image_token_id: int) -> None:

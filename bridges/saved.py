@@ -67,13 +67,14 @@ def load_weights(bridge: Bridge, folder: Path) -> None:
         raise ValueError(f"{folder / WEIGHTS} does not fit the bridge of its {CONFIG}: {reason}") from error
 
 
-def load_adapter(language: LanguageTower, folder: Path) -> None:
+def load_adapter(tower: adapter.Tower, folder: Path) -> None:
     """Into a tower that has one of this kind. ValueError where it is missing or does not fit."""
-    weights = read_weights(folder, adapter.WEIGHTS)
+    name = adapter.WEIGHTS[adapter.kind_of(tower)]
+    weights = read_weights(folder, name)
     try:
-        adapter.load_state(language, weights)
+        adapter.load_state(tower, weights)
     except ValueError as error:
-        raise ValueError(f"{folder / adapter.WEIGHTS} {error}") from error
+        raise ValueError(f"{folder / name} {error}") from error
 
 
 def read_weights(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:

@@ -185,16 +185,16 @@ def train(recipe: str, overrides: list[str], resume: bool = False, engine: str |
 
 
 def merge(checkpoint: str, output: str) -> None:
-    """Fold a checkpoint's LoRA into its language model: a model in transformers' format, and the checkpoint with it.
+    """Fold a checkpoint's LoRA into its towers: models in transformers' format, and the checkpoint with them.
 
     Args:
-        checkpoint: folder that `bridges train` made with a recipe that has lora
-        output: folder to write; the language model is in `language` there
+        checkpoint: folder that `bridges train` made with a recipe that has lora, or vision.lora
+        output: folder to write; the language model is in `language` there, the encoder in `vision`
     """
     from bridges.merge import merge
 
-    folder = merge(checkpoint, output)
-    Console().print(f"done: {folder}   bridges chat {quote(output)}", highlight=False)
+    folders = merge(checkpoint, output)
+    Console().print("done:", *folders, f"  bridges chat {quote(output)}", highlight=False)
 
 
 def inspect(recipe: str, overrides: list[str], samples: int = 3, rows: int = 200, html: str = "inspect.html") -> None:

@@ -46,9 +46,9 @@ def batch(adapted: Assembled, pictures: list[Image.Image]) -> Batch:
 
 
 @torch.no_grad()
-def disturb(language: LanguageTower, seed: int = 0) -> None:
+def disturb(tower: adapter.Tower, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
-    for parameter in adapter.parameters(language):
+    for parameter in adapter.parameters(tower):
         parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
 
 
@@ -202,8 +202,8 @@ def test_its_files_hold_what_trains_and_nothing_frozen(adapted: Assembled) -> No
     folder = Path(adapted.recipe.output)
     save_checkpoint(folder, adapted)
     size = sum(p.numel() for p in adapter.parameters(adapted.model.language))
-    assert (folder / adapter.WEIGHTS).stat().st_size < 4 * size + 2000
-    assert all(".lora_" in name for name in load_file(folder / adapter.WEIGHTS))
+    assert (folder / adapter.WEIGHTS["language"]).stat().st_size < 4 * size + 2000
+    assert all(".lora_" in name for name in load_file(folder / adapter.WEIGHTS["language"]))
     number = sum(p.numel() for p in trained(adapted))
     assert f"and LoRA on the language model, {number:,} trained parameters" in (folder / CARD).read_text()
 
@@ -216,11 +216,11 @@ def test_plain_peft_opens_it(recipe: Recipe, tiny_llama: Path, dora: bool) -> No
     disturb(adapted.model.language)
     save_checkpoint(Path(recipe.output), adapted)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    plain: Any = PeftModel.from_pretrained(base, str(Path(recipe.output) / adapter.FOLDER)).eval()
+    plain: Any = PeftModel.from_pretrained(base, str(Path(recipe.output) / adapter.FOLDERS["language"])).eval()
     ids = ids_of(adapted.model.language)
     expected = read(adapted.model.language, ids)
     torch.testing.assert_close(plain(input_ids=ids).logits.flatten(0, 1), expected, atol=1e-5, rtol=1e-5)
-    said = json.loads((Path(recipe.output) / adapter.FOLDER / "adapter_config.json").read_text())
+    said = json.loads((Path(recipe.output) / adapter.FOLDERS["language"] / "adapter_config.json").read_text())
     assert (said["r"], said["base_model_name_or_path"]) == (4, str(tiny_llama))
 
 
@@ -250,11 +250,11 @@ def test_start_takes_an_alignment_without_adapter_and_one_with(recipe: Recipe, t
 def test_a_checkpoint_without_its_adapter_is_refused(adapted: Assembled) -> None:
     folder = Path(adapted.recipe.output)
     save_checkpoint(folder, adapted)
-    weights = load_file(folder / adapter.WEIGHTS)
-    save_file(dict(list(weights.items())[1:]), folder / adapter.WEIGHTS)
+    weights = load_file(folder / adapter.WEIGHTS["language"])
+    save_file(dict(list(weights.items())[1:]), folder / adapter.WEIGHTS["language"])
     with pytest.raises(ValueError, match=r"adapter_model.safetensors has other layers"):
         load(folder)
-    (folder / adapter.WEIGHTS).unlink()
+    (folder / adapter.WEIGHTS["language"]).unlink()
     with pytest.raises(ValueError, match=r"no weights in .*: adapter/adapter_model.safetensors is missing"):
         load(folder)
 
@@ -326,7 +326,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run: Recipe, tmp_path: Path) 
         with pytest.raises(Stopped):
             train(first)
     cut = train(deepcopy(first), resume=True)
-    for name in ("bridge.safetensors", adapter.WEIGHTS):
+    for name in ("bridge.safetensors", adapter.WEIGHTS["language"]):
         one, other = load_file(whole / name), load_file(cut / name)
         assert all(torch.equal(tensor, other[key]) for key, tensor in one.items()), name
     with pytest.raises(ValueError, match=r"was trained with lora.rank 4, the recipe says 8; resume needs the same"):

@@ -101,7 +101,7 @@ def works_of(
         data = make_batch(grown, [made(axis, size, Random(number)) for number in range(count)])
         if axis == "slots" and assembled.recipe.bridge["name"] not in SLOTS:
             assert data.pixel_values is not None
-            seen = grown.model.vision(data.pixel_values)
+            seen = grown.model.vision(data.pixel_values).detach()
             data.features = seen[:, torch.arange(size) % seen.shape[1]]
         if context is None or int(data.positions.max()) < context:
             work = partial(read_once, grown.model, data) if axis == "shots" else training(grown, data)

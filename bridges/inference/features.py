@@ -39,6 +39,7 @@ class Features:
         """The mean over the patches, of length 1: cosines of these say how alike two pictures are."""
         return F.normalize(self(pictures).float().mean(1), dim=-1).cpu()
 
+    @torch.no_grad()
     def _encode(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n p v"]:
         self.encoded += len(pictures)
         starts = range(0, max(1, len(pictures)), AT_ONCE)

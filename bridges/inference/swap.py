@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bridges.build import Assembled, assemble, build_bridge, towers_of
+from bridges.build import Assembled, assemble, build_bridge, loras, towers_of
 from bridges.saved import check_towers, load_weights, recipe_of
 
 
@@ -16,11 +16,11 @@ def with_bridge(assembled: Assembled, folder: Path) -> Assembled:
     if recipe.objectives:
         raise ValueError(f"{folder} is of the first stage, without a language model; give it a second stage")
     check_towers(folder, towers_of(assembled))
-    if recipe.lora is not None or language.adapters:
-        whose = folder if recipe.lora is not None else "the checkpoint in use"
+    if beside := loras(recipe) or loras(assembled.recipe):
+        whose = folder if loras(recipe) else "the checkpoint in use"
         raise ValueError(
-            f"{whose} has LoRA on its language model, and a bridge is only changed between language models without; "
-            f"open the other one by itself: bridges chat {folder}"
+            f"{whose} has LoRA on its {' and '.join(beside)} model, and a bridge is only changed between models "
+            f"without; open the other one by itself: bridges chat {folder}"
         )
     bridge = build_bridge(recipe.bridge, vision.dim, vision.num_patches, language.dim, language.num_layers)
     load_weights(bridge, folder)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ PREPROCESSING += ("do_normalize", "image_mean", "image_std")
 
 class VisionTower(nn.Module):
     """Pixels to features, frozen for ever: no gradient, no dropout, no moving BatchNorm, whatever `train()` says.
+    But for `adapters`, peft's layers within it, which train; mostly there are none.
 
     `layer` counts the encoder's hidden states as LLaVA does: 0 is what enters the first layer, -1 what leaves the last,
     -2 what leaves the one before. This is the residual stream: CLIP's, SigLIP's or DINO's final norm is not applied.
@@ -75,13 +75,14 @@ class VisionTower(nn.Module):
             if image_size:
                 self.processor = resized(self.processor, image_size)
         self.requires_grad_(False)
+        self.adapters: list[Any] = []
         self.train(False)
         self.image_size = output_size(self.processor, name_or_path)
         if image_size and self.image_size != (image_size, image_size):
             raise ValueError(f"vision.image_size {image_size}: the processor of {name_or_path} makes {self.image_size}")
         self.mean = tuple(self.processor.image_mean or (0.5,) * 3)
         self.tile(tiles)
-        shapes = self._shapes_of_states()
+        shapes = [tuple(hidden.shape) for hidden in self._states_on_meta()[1]]
         if not -len(shapes) <= layer < len(shapes):
             raise ValueError(
                 f"{self.name} has no layer {layer}: its hidden states are -{len(shapes)} … {len(shapes) - 1}"
@@ -92,14 +93,18 @@ class VisionTower(nn.Module):
         if keep_cls and not self._prefix:
             raise ValueError(f"keep_cls: {name_or_path} has no CLS token, only {self.grid[0]} x {self.grid[1]} patches")
         self.num_patches = self.grid[0] * self.grid[1] + keep_cls
-        self._fingerprint = self._take_fingerprint()
+        self.mark()
         if self._is_map:  # up to three times faster on a CPU, and what half precision on a GPU wants
             self.encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.encoder.to(dtype or fastest_dtype())
 
-    def train(self, mode: bool = True) -> "VisionTower":  # noqa: ARG002
-        """Frozen is frozen: neither dropout nor BatchNorm wakes."""
-        return super().train(False)
+    def train(self, mode: bool = True) -> "VisionTower":
+        """Frozen is frozen: neither dropout nor BatchNorm wakes, but for the dropout of the adapter."""
+        super().train(False)
+        for layer in self.adapters:
+            layer.training = mode
+            layer.lora_dropout.train(mode)
+        return self
 
     def tile(self, most: int | None) -> None:
         """Let pictures be cut into so many tiles at most, from now on. ValueError for fewer than two."""
@@ -113,18 +118,23 @@ class VisionTower(nn.Module):
             return torch.empty(0, 3, *self.image_size)
         return pixels_of(self.processor, [framed(i, self.image_mode, self.image_size, self.mean) for i in images])
 
-    @torch.no_grad()
     def forward(self, pixel_values: Float[Tensor, "n 3 y x"]) -> Float[Tensor, "n p v"]:
-        """Features in the tower's own dtype (`tower.dtype`), never with a gradient. n may be 0.
+        """Features in the tower's own dtype (`tower.dtype`), with a gradient only to its adapter. n may be 0.
 
         Raises ValueError for images of another size than `image_size`.
         """
         size = tuple(pixel_values.shape[-2:])
         if size != self.image_size:
             raise ValueError(f"{self.name} takes images of {self.image_size} (y, x), got {size}")
-        pixel_values = pixel_values.to(self.dtype)
-        if not len(pixel_values):
+        pixel_values, trains = pixel_values.to(self.dtype), bool(self.adapters) and torch.is_grad_enabled()
+        if not len(pixel_values) and not trains:
             return pixel_values.new_empty(0, self.num_patches, self.dim)
+        # with none, a black picture that nobody sees: every process of a parallel run has the adapter in its graph
+        shown = pixel_values if len(pixel_values) else pixel_values.new_zeros(1, 3, *size)
+        with torch.set_grad_enabled(trains):
+            return self._features(shown)[: len(pixel_values)]
+
+    def _features(self, pixel_values: Float[Tensor, "n 3 y x"]) -> Float[Tensor, "n p v"]:
         if self._is_map:
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         # only the one state is kept, so that a deep encoder does not hold all of them in memory
@@ -142,18 +152,25 @@ class VisionTower(nn.Module):
         """Twelve hex digits that tell these features from any other tower's.
 
         Taken from a strided sample of every weight as the checkpoint stores it (so it is the same in any dtype and on
-        any device), the layer, the tokens kept and the preprocessing.
+        any device) and before it had an adapter, the layer, the tokens kept and the preprocessing.
         """
         return self._fingerprint
 
-    def _shapes_of_states(self) -> list[tuple[int, ...]]:
-        """Shapes of every hidden state for one image, found without computing: the encoder runs on the meta device."""
-        tensors = chain(self.encoder.named_parameters(), self.encoder.named_buffers())
-        state = {key: tensor.to("meta") for key, tensor in tensors}
-        image = torch.empty(1, 3, *self.image_size, device="meta")
+    @torch.enable_grad()
+    def used(self) -> set[str]:
+        """Names of the encoder's weights that features come through: not those of the layers after `layer`."""
+        weights, states = self._states_on_meta()
+        found = torch.autograd.grad(states[self.layer].sum(), list(weights.values()), allow_unused=True)
+        return {name for name, gradient in zip(weights, found, strict=True) if gradient is not None}
+
+    def _states_on_meta(self) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """Weights, and every hidden state of one image, without computing: the encoder runs on the meta device."""
+        weights = {key: tensor.to("meta").requires_grad_() for key, tensor in self.encoder.named_parameters()}
+        others = {key: tensor.to("meta") for key, tensor in self.encoder.named_buffers()}
+        image = torch.empty(1, 3, *self.image_size, device="meta", dtype=self.dtype)
+        every: Any = {"output_hidden_states": True}
         try:
-            states = functional_call(self.encoder, state, (image,), {"output_hidden_states": True}).hidden_states
-            return [tuple(hidden.shape) for hidden in states]
+            return weights, functional_call(self.encoder, {**weights, **others}, (image,), every).hidden_states
         except (ValueError, TypeError, RuntimeError) as error:
             size = "{} x {}".format(*self.image_size)
             reason = f"cannot take images of {size}: {first_sentence(error)}"
@@ -178,7 +195,8 @@ class VisionTower(nn.Module):
             )
         return (rows, columns), dim, prefix
 
-    def _take_fingerprint(self) -> str:
+    def mark(self) -> None:
+        """From now on the weights as they are tell these features from others."""
         settings = self.processor.to_dict()
         seen = {key: settings[key] for key in PREPROCESSING if settings.get(key) is not None}
         chosen = [self.layer, self.keep_cls, seen, *([self.image_mode] if self.image_mode else [])]
@@ -186,7 +204,7 @@ class VisionTower(nn.Module):
         for key, tensor in self.encoder.state_dict().items():
             sample = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64].float()
             digest.update(f"{key}{tuple(tensor.shape)}{sample.tolist()}".encode())
-        return digest.hexdigest()[:12]
+        self._fingerprint = digest.hexdigest()[:12]
 
 
 def read(name: str, where: str, revision: str | None) -> tuple[Any, Any]:

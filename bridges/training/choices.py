@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from bridges import adapter
 from bridges.build import Assembled, assemble, build_bridge, vision_tower
 from bridges.config import Recipe
 from bridges.training.probe import Plan, plan_of
@@ -60,6 +61,8 @@ def enlarged(recipe: Recipe, built: Assembled) -> tuple[str, Plan] | None:
         vision = vision_tower(larger)
         bridge = build_bridge(recipe.bridge, vision.dim, vision.num_patches, language.dim, language.num_layers)
         assembled = assemble(vision, bridge, language, larger)
+        if recipe.vision.lora is not None:
+            adapter.attach(vision, recipe.vision.lora)
         assembled.model.to(language.device)
         return f"vision.image_size {side}", plan_of(larger, stage_of(assembled))
     except ValueError:

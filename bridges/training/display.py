@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from bridges.build import Built, towers_of, trained
+from bridges import adapter
+from bridges.build import Built, towers_of
 from bridges.files import write
 from bridges.training.engine import flat
 
@@ -28,9 +29,11 @@ def counts(built: Built) -> str:
     bridge = built.model.bridge
     frozen = [f"{tower.name} ({size(tower, False):,})" for tower in towers_of(built).values()]
     frozen += [f"of the bridge {size(bridge, False):,}"] if size(bridge, False) else []
-    beside = sum(p.numel() for p in trained(built)) - size(bridge, True)
-    trains = f"bridge ({size(bridge, True):,} parameters)" + (f", adapter ({beside:,})" if beside else "")
-    return f"trains: {trains}   frozen: {', '.join(frozen)}"
+    trains = [f"bridge ({size(bridge, True):,} parameters)"]
+    for kind, tower in towers_of(built).items():
+        beside = sum(p.numel() for p in adapter.parameters(tower))
+        trains += [f"{kind} adapter ({beside:,})"] if beside else []
+    return f"trains: {', '.join(trains)}   frozen: {', '.join(frozen)}"
 
 
 class Display:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
-from bridges.build import trained
+from bridges.build import loras, trained
 from bridges.config import Recipe, Train
 from bridges.data.pictures import SkipBroken
 from bridges.data.sources import open_split, told
@@ -210,17 +210,17 @@ def learning_rate(step: int, settings: Train) -> float:
 
 
 def adam(model: Any, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW on the bridge, and on the adapter at a rate of its own. Every group holds the `peak` of its rate."""
+    """AdamW on the bridge, and on each adapter at a rate of its own. Every group holds the `peak` of its rate."""
     settings = recipe.train
     groups = parameter_groups(model.bridge, settings)
-    if recipe.lora is not None:
-        own = replace(settings, lr=recipe.lora.lr or settings.lr)
-        groups += parameter_groups(nn.ModuleList(model.language.adapters), own)
+    for kind, lora in loras(recipe).items():
+        own = replace(settings, lr=lora.lr or settings.lr)
+        groups += parameter_groups(nn.ModuleList(getattr(model, kind).adapters), own)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
 
 
 def parameter_groups(part: nn.Module, settings: Train) -> list[dict[str, Any]]:
-    """What trains of the bridge, or of the adapter. Weight decay on matrices only: biases, norms and gates are left
+    """What trains of the bridge, or of an adapter. Weight decay on matrices only: biases, norms and gates are left
     alone."""
     own = [p for p in part.parameters() if p.requires_grad]
     kinds = [([p for p in own if p.ndim > 1], settings.weight_decay), ([p for p in own if p.ndim <= 1], 0.0)]

@@ -32,7 +32,7 @@ class Plan:
     """Bytes and seconds of a recipe on this machine, in the number format that it uses for frozen weights."""
 
     trained: int
-    """Parameters of the bridge, and of an adapter."""
+    """Parameters of the bridge, and of adapters."""
     frozen: dict[str, int]
     """Parameters of each tower."""
     weights: float
@@ -110,7 +110,7 @@ def frozen_bytes(built: Built, widest: int) -> float:
 
 
 def state_of(built: Built) -> int:
-    """Weights of the bridge and of an adapter, and AdamW's two moments of those that train."""
+    """Weights of the bridge and of adapters, and AdamW's two moments of those that train."""
     still = [t for t in (*built.model.bridge.parameters(), *built.model.bridge.buffers()) if not t.requires_grad]
     return sum(t.numel() * t.element_size() for t in still) + sum(
         3 * p.numel() * p.element_size() for p in trained(built)

@@ -42,6 +42,8 @@ def open_stage(recipe: Recipe) -> Stage:
     if (best := recipe.train.best) and (best == "caption_nll") == bool(recipe.objectives):
         known = "recall@1, matching and captioning are" if recipe.objectives else "caption_nll is"
         raise ValueError(f"train.best {best} is not measured in this stage; {known}")
+    if recipe.vision.cache and recipe.vision.lora:
+        raise ValueError("vision.cache keeps what a frozen encoder sees, and vision.lora trains it: leave one out")
     return pair_stage(recipe) if recipe.objectives else language_stage(recipe)
 
 

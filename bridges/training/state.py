@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from bridges.build import Assembled, Built, towers_of
+from bridges.adapter import KEYS
+from bridges.build import Built, loras, towers_of
 from bridges.checkpoint import plain, save_checkpoint
 from bridges.config import Lora, Recipe
 from bridges.files import finish, replacing, write
@@ -77,8 +78,8 @@ def restore(built: Built, sizes: Sequence[tuple[str, int]]) -> tuple[int, Moment
                 f"{output} was trained with {was} examples of {name}, now there are {size}; resume needs the same"
             )
     load_weights(built.model.bridge, output)
-    if built.recipe.lora is not None and isinstance(built, Assembled):
-        load_adapter(built.model.language, output)
+    for kind in loras(built.recipe):
+        load_adapter(towers_of(built)[kind], output)
     return state["step"], state["optimizer"]
 
 
@@ -98,12 +99,13 @@ def refuse_other_recipe(output: Path, config: dict, recipe: Recipe) -> None:
     """What decides the weights must be as it was; how often to look and to save may change."""
     looks = {"evaluate_every", "evaluate_size", "save_every", "log_every", "keep", "best", "track"}
     free = {*looks, "workers", "micro_batch", "gradient_checkpointing"}
+    asked, none = loras(recipe), dict.fromkeys(f.name for f in fields(Lora))
     now = {
         "bridge": plain(recipe.bridge),
         "data": plain(vars(recipe.data)),
         "language": vars(recipe.language),
-        "vision": {k: v for k, v in vars(recipe.vision).items() if k != "cache_gb"},
-        "lora": vars(recipe.lora) if recipe.lora else dict.fromkeys(f.name for f in fields(Lora)),
+        "vision": {k: v for k, v in vars(recipe.vision).items() if k not in ("cache_gb", "lora")},
+        **{KEYS[kind]: vars(asked[kind]) if kind in asked else none for kind in KEYS},
         "objectives": recipe.objectives,
         **{f"also.{number}": plain(vars(data)) for number, data in enumerate(recipe.also)},
         "train": {k: plain(v) for k, v in vars(recipe.train).items() if k not in free},
@@ -113,7 +115,7 @@ def refuse_other_recipe(output: Path, config: dict, recipe: Recipe) -> None:
             f"{output} was trained with {len(config['also'])} data beside the first (also), the recipe has "
             f"{len(recipe.also)}; resume needs the same"
         )
-    config = {**config, "lora": config.get("lora") or {}}
+    config = {**config, "lora": config.get("lora") or {}, "vision.lora": config["vision"].get("lora") or {}}
     config = {**config, **{f"also.{number}": data for number, data in enumerate(config["also"])}}
     for part, values in now.items():
         for key, value in values.items():

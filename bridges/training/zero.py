@@ -36,8 +36,9 @@ class Zero(Engine):
         self.stage: int = settings["zero_optimization"]["stage"]
         if self.stage == 3:
             # A process whose texts have no picture, or whose prefix is kept already, would not run these, and the
-            # others would wait for it for ever: the encoder is fetched whole, pictures or not; no prefix is kept.
-            deepspeed.utils.set_z3_leaf_module(bare.vision, True)
+            # others would wait for it for ever: the encoder is fetched whole, pictures or not, unless its adapter has
+            # it look at something every time; no prefix is kept.
+            deepspeed.utils.set_z3_leaf_module(bare.vision, not bare.vision.adapters)
             bare.keeps_prefix = False
         self.model, self.optimizer, _, _ = deepspeed.initialize(model=bare, optimizer=optimizer, config=settings)
         self.optimizer: Any

@@ -120,7 +120,7 @@ def test_the_same_checkpoint_is_read_without_quantization_and_by_plain_peft(
     nats = [target_nll(a.model, batch).mean() for a in (full, adapted)]
     torch.testing.assert_close(*nats, atol=0.6, rtol=0.1)  # 4 bits of a tiny random model are few
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    plain = PeftModel.from_pretrained(base, str(folder / adapter.FOLDER))
+    plain = PeftModel.from_pretrained(base, str(folder / adapter.FOLDERS["language"]))
     language = full.model.language
     rows = (torch.arange(2).repeat_interleave(12), torch.arange(12).repeat(2))
     own = language(language.embed(IDS), torch.ones_like(IDS), torch.arange(12).expand_as(IDS), rows)

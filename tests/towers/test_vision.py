@@ -9,6 +9,8 @@ import torch
 import transformers as hf
 from PIL import Image
 
+from bridges import adapter
+from bridges.config import Lora
 from bridges.towers.vision import VisionTower
 
 SIZE = {"height": 56, "width": 56}
@@ -162,6 +164,32 @@ def test_a_bridge_can_be_trained_on_the_features(tmp_path):
     bridge(tower(tower.preprocess(pictures()))).sum().backward()
     assert bridge.weight.grad is not None
     assert bridge.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "resnet"])
+def test_an_adapter_trains_all_that_features_come_through_and_can_be_folded(tmp_path, family, dtype):
+    build, processor, _, _ = FAMILIES[family]
+    tower = VisionTower(save(tmp_path, build(), processor), layer=-2, dtype=dtype)
+    pixels, names = tower.preprocess(pictures()), tower.state_dict().keys()
+    before = tower(pixels)
+    adapter.attach(tower, Lora(rank=2))
+    features = tower(pixels)
+    assert torch.equal(features, before)
+    features.float().pow(2).sum().backward()
+    gradients = [layer.lora_B["default"].weight.grad for layer in tower.adapters]
+    assert len(gradients) > 3
+    assert all(gradient.dtype is torch.float32 and gradient.any() for gradient in gradients)
+    adapter.fold(tower)
+    assert torch.equal(tower(pixels), before)
+    assert tower.state_dict().keys() == names
+
+
+def test_an_encoder_of_convolutions_alone_takes_no_adapter(tmp_path):
+    build, processor, _, _ = FAMILIES["resnet"]
+    tower = VisionTower(save(tmp_path, build(), processor))
+    with pytest.raises(ValueError, match=r"vision.lora: features of .* come through no linear layer"):
+        adapter.attach(tower, Lora())
 
 
 def test_features_have_the_dtype_of_the_tower(tmp_path):
