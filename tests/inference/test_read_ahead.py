@@ -50,7 +50,7 @@ def talk(session: Session, pictures: list[Image.Image], between: Callable[[Sessi
         if place in (1, 5):
             session.undo()
             between(session)
-            said.append(told(session, Turn("user", [words, "Something else", pictures[0]])))
+            said.append(told(session, Turn("user", [pictures[1], words])))
             between(session)
         if place in (2, 4):
             said.append("".join(session.regenerate(LONG)))
@@ -96,7 +96,7 @@ def test_no_answer_changes_with_any_template(assembled: Assembled, pictures: lis
 def test_of_a_text_that_begins_with_the_last_message_nothing_is_known(
     assembled: Assembled, pictures: list[Image.Image]
 ) -> None:
-    last_first = "Now: {% if messages | length > 2 %}{{ messages[-1].content }}{% endif %}" + CHATML
+    last_first = "{% if messages | length > 2 %}Now: {{ messages[-1].content }}{% endif %}" + CHATML
     session = Session(assembled._replace(template=Template(assembled.template.tokenizer, 16, last_first)))
     told(session, Turn("user", [pictures[0], "What is it?"]))
     assert session.read_ahead() == 0
@@ -129,10 +129,18 @@ def test_an_encoder_reads_nothing_ahead(tiny_clip: Path, tiny_t5: Path, pictures
 def test_a_window_that_would_forget_reads_nothing_ahead(
     recipe: Recipe, pictures: list[Image.Image], tmp_path: Path
 ) -> None:
-    recipe.language.name = str(tiny_language("mistral", tmp_path / "mistral", sliding_window=48))
-    counts = same_with_and_without(build(recipe), pictures)
+    def windowed(window: int) -> Session:
+        recipe.language.name = str(tiny_language("mistral", tmp_path / f"{window}", sliding_window=window))
+        return Session(build(recipe))
+
+    short = windowed(48)
+    counts = same_with_and_without(short.assembled, pictures)
     assert counts[0] > 0
     assert counts[-1] == 0
+    told(short, Turn("user", ["Hi"]))
+    just_enough = windowed(short.spent.read + short.spent.said + 2)
+    told(just_enough, Turn("user", ["Hi"]))
+    assert just_enough.read_ahead() == 0
 
 
 def test_a_full_context_reads_nothing_ahead_and_the_oldest_turns_are_dropped_as_ever(assembled: Assembled) -> None:
