@@ -57,13 +57,7 @@ def chat(
     said = {way: answer(begin(), last) for way, begin in ways.items()}
     if len(set(said.values())) > 1:
         raise ValueError(f"the answers differ: {said}")
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    read = {}
-    for _ in range(rounds):
-        for way, begin in ways.items():
-            asked = begin()
-            seconds[way].append(first_token(asked, last))
-            read[way] = asked.spent.read
+    seconds, read = timed(ways, last, rounds)
     again = session.looker.features.encoded - encoded
     told = console or Console()
     told.print(table(seconds, read, {"kept": again, "kept, not ahead": again, "afresh": encoded}))
@@ -99,6 +93,20 @@ def saying(session: Session, reply: str) -> Choose:
     ids, _, _ = template.tokenize(after[len(before) :])
     following = chain(until_end(ids, ends), repeat(next(iter(ends))))
     return lambda logits: torch.full((len(logits),), next(following), device=logits.device)
+
+
+def timed(
+    ways: dict[str, Callable[[], Session]], last: Turn, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds to the first token, each way once a round, and how many tokens were read for it."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    read = {}
+    for _ in range(rounds):
+        for way, begin in ways.items():
+            asked = begin()
+            seconds[way].append(first_token(asked, last))
+            read[way] = asked.spent.read
+    return seconds, read
 
 
 def first_token(session: Session, turn: Turn) -> float:
