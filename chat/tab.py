@@ -66,6 +66,7 @@ def speak(tab: Tab) -> Iterator[Shown]:
                 break
     full = f"; the context is full: the first {session.dropped} turns are no longer read" if session.dropped else ""
     yield messages(session.turns), gr.skip(), stats(tab.chat, "").replace("\n", " · ") + full
+    session.read_ahead()  # the answer is shown; somebody types now
 
 
 def undo(tab: Tab) -> Shown:

@@ -90,7 +90,10 @@ def talk(
     goes_on: bool = False,
     say: Callable[[Chat], None] | None = None,
 ) -> None:
-    """Obey and answer line by line. An error is a line, never the end; Ctrl-C is the end unless the talk `goes_on`."""
+    """Obey and answer line by line. An error is a line, never the end; Ctrl-C is the end unless the talk `goes_on`.
+
+    Where it does, somebody reads the answer and types: what the next message begins with is read meanwhile.
+    """
     for line in lines:
         told: str | None = ""
         shown, dropped = list(chat.pictures), chat.session.dropped
@@ -106,6 +109,9 @@ def talk(
             if chat.session.dropped > dropped:
                 first = f"the first {chat.session.dropped} turns are no longer read; their pictures are"
                 console.print(f"the context is full: {first}", style="dim")
+            if goes_on and told is None:
+                with interruptible():  # a Ctrl-C that came too late to stop the answer stops nothing else
+                    chat.session.read_ahead()
         except EOFError:
             return
         except ValueError as error:

@@ -67,7 +67,7 @@ class Memory:
     def latest(self, text: str, keys: tuple[Key, ...]) -> tuple[Mark, int]:
         """The latest point up to which the text and its pictures were read, and where in the text that is."""
         for mark in reversed(self._marks):
-            if mark.keys != keys[: len(mark.keys)] or not (mark.read == len(self.looks) or self._can_roll_back()):
+            if mark.keys != keys[: len(mark.keys)] or not (mark.read == len(self.looks) or self.can_roll_back()):
                 continue
             if mark.logits is not None:
                 if text == mark.prompt and keys == mark.keys:
@@ -79,15 +79,16 @@ class Memory:
                 return mark, end
         return Mark(), 0  # nothing was read that can be kept, or the template rewrites the past
 
-    def common(self, ids: Sequence[int], looks: Sequence[int], keys: tuple[Key, ...]) -> Mark:
-        """How far a text begins as what was read does: with the same tokens and whole pictures; never all of it."""
-        if not ids or self.language.has_encoder or not self._can_roll_back():
-            return Mark()
-        pictures = same(keys, self._keys)
-        read = min(same(ids, self.ids), same(looks, self.looks), sum(look <= pictures for look in looks), len(ids) - 1)
-        while read and ids[read] == IMAGE_TOKEN_ID and looks[read] == looks[read - 1]:
-            read -= 1
-        return Mark(read=read, keys=keys[: looks[read - 1]] if read else ())
+    def further(self, mark: Mark, ids: Sequence[int], looks: Sequence[int], keys: tuple[Key, ...]) -> Mark:
+        """How far what was read after a mark is what follows it now: same tokens, whole pictures; never all of it."""
+        if not ids or self.language.has_encoder or not self.can_roll_back():
+            return mark
+        pictures, after = same(keys, self._keys), slice(mark.read, None)
+        equal = min(same(ids, self.ids[after]), same(looks, self.looks[after]))
+        more = min(equal, sum(look <= pictures for look in looks), len(ids) - 1)
+        while more and ids[more] == IMAGE_TOKEN_ID and looks[more] == looks[more - 1]:
+            more -= 1
+        return Mark(read=mark.read + more, keys=keys[: looks[more - 1]]) if more else mark
 
     def roll_back(self, mark: Mark) -> None:
         """Forget what was read after a mark."""
@@ -105,10 +106,11 @@ class Memory:
         other.ids, other.looks = list(self.ids), list(self.looks)
         return other
 
-    def _can_roll_back(self) -> bool:
-        """A layer with a window has forgotten what is out of its sight, from the first token beyond it on."""
+    def can_roll_back(self, size: int = 0) -> bool:
+        """Even with `size` tokens read. A layer with a window has forgotten what is out of its sight, from the first
+        token beyond it on."""
         window = self.language.window
-        return self.cache.is_croppable and (window is None or len(self.looks) < window)
+        return self.cache.is_croppable and (window is None or max(size, len(self.looks)) < window)
 
 
 def same(one: Sequence[object], other: Sequence[object]) -> int:

@@ -15,7 +15,7 @@ from bridges.build import Assembled
 from bridges.data.conversation import Turn, images_of
 from bridges.inference.decoding import Choose, cut, decode, greedy, held, room, spoken, until_end
 from bridges.inference.looking import Key, Looker, Seen
-from bridges.inference.memory import Mark, Memory
+from bridges.inference.memory import Mark, Memory, same
 from bridges.sight import Sight, sight_of_one
 from bridges.towers.precision import for_few_tokens
 
@@ -133,6 +133,8 @@ class Session:
             plan = self._fitting(max_new_tokens)
             self.spent = Spent(len(plan.ids), plan.mark.read)
             logits, seen = self._read_new(plan)
+            if plan.ids:
+                self._memory.mark(Mark(plan.text, "", plan.size, (), plan.keys, logits))
             self.spent.encoded = self.looker.features.encoded - encoded
             self.spent.reused = self.looker.hits - hits
             for piece in self._reply(plan, logits, seen, max_new_tokens, choose, stops):
@@ -146,6 +148,32 @@ class Session:
             if not isinstance(error, (GeneratorExit, ValueError)):  # amid a step: nobody knows what the cache holds
                 self._memory.forget()
             raise
+
+    @torch.no_grad()
+    def read_ahead(self) -> int:
+        """Read what the next message begins with whatever it says, while nobody waits: the template's words before it.
+        How many tokens that were.
+
+        None where the words cannot be told from the message, where the context is full, and where the model could not
+        forget them again, as it does when the talk goes on otherwise.
+        """
+        language, turns = self.assembled.model.language, self.turns_read()
+        try:
+            one, other = (self._plan([*turns, Turn("user", [words])]) for words in ("A", "1"))
+        except ValueError:  # the template refuses any next message, and says so when there is one
+            return 0
+        count = same(one.ids, other.ids) if one.mark.read == other.mark.read else 0
+        ahead = one._replace(ids=one.ids[:count], looks=one.looks[:count])
+        full = language.context is not None and one.size >= language.context
+        forgets = language.has_encoder or not self._memory.can_roll_back(ahead.size)
+        if full or forgets or ahead.looks[-1:] != [len(one.keys)]:
+            return 0
+        try:
+            self._read_new(ahead)
+        except BaseException:  # amid a step: nobody knows what the cache holds
+            self._memory.forget()
+            raise
+        return count
 
     def size(self) -> int:
         """Tokens that the language model reads of the conversation, if a reply is to follow."""
@@ -192,11 +220,10 @@ class Session:
         text, _ = template.render(turns, reply=True)
         mark, end = self._memory.latest(text, keys)
         ids, _, looks = template.tokenize(text[end:])
-        looks = [len(mark.keys) + look for look in [0] * len(mark.unread) + looks]
-        if not mark.read:  # another conversation, which may begin like the one before
-            mark = self._memory.common(ids, looks, keys)
-            ids, looks = ids[mark.read :], looks[mark.read :]
-        return Plan(mark, [*mark.unread, *ids], looks, text, list(turns), keys)
+        ids, looks = [*mark.unread, *ids], [len(mark.keys) + look for look in [0] * len(mark.unread) + looks]
+        further = self._memory.further(mark, ids, looks, keys)
+        new = slice(further.read - mark.read, None)
+        return Plan(further, ids[new], looks[new], text, list(turns), keys)
 
     def _read_new(self, plan: Plan) -> tuple[Float[Tensor, "1 vocab"], Seen]:
         """Roll back, read new ids and the pictures among them; logits after the last, and what is seen of all."""
@@ -211,7 +238,6 @@ class Session:
         last = (torch.zeros(1, dtype=torch.long, device=device), torch.tensor([len(plan.ids) - 1], device=device))
         logits = model.language(embeds, mask, positions, last, self._memory.cache, self._sight(seen, plan.looks))
         self._memory.add(plan.ids, plan.looks, plan.keys)
-        self._memory.mark(Mark(plan.text, "", plan.size, (), plan.keys, logits))
         return logits, seen
 
     def _reply(

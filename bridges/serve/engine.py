@@ -132,7 +132,7 @@ class Engine:
         sessions = [Session(self.assembled, self.looker), *self.resting]
         known = [session.known(job.turns) for session in sessions]
         place = max(range(len(sessions)), key=lambda place: known[place].kept)
-        session, (size, _, lost) = sessions[place], known[place]
+        session, (size, kept, lost) = sessions[place], known[place]
         language = self.assembled.model.language
         longest = job.longest or (
             LONGEST if language.context is None else max(1, min(LONGEST, language.context - size))
@@ -141,6 +141,8 @@ class Engine:
             room(language, size, longest)
         except ValueError as error:
             raise Refused(str(error), code="context_length_exceeded") from None
+        if 0 < lost < kept:  # most of it is in its fork too: it is the first that may be forgotten
+            self.resting.insert(0, self.resting.pop(place - 1))
         if lost:
             return session.fork(), longest
         if place:

@@ -18,6 +18,7 @@ def test_turn_four_is_timed_and_its_pictures_are_encoded_once(
     told = capsys.readouterr().out
     assert "2 encodings of 2 pictures" in told
     assert "afresh" in told
+    assert "tokens that every message begins with were read before" in told
 
 
 def test_what_cannot_be_measured_is_one_line(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

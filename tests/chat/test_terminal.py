@@ -302,6 +302,18 @@ def test_an_answer_is_seen_as_it_comes(checkpoint: Path, capsys: pytest.CaptureF
     assert "".join(seen) == f"{chat.session.turns[-1].content[0]}\n"
 
 
+def test_while_somebody_types_the_beginning_of_the_message_is_read(
+    assembled: Assembled, screen: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read, said = {}, {}
+    for typed_in in (True, False):
+        chat = Chat(Session(assembled), Settings(max_new_tokens=8))
+        talk(chat, ["Hello", "Go on"], screen, goes_on=typed_in)
+        read[typed_in], said[typed_in] = chat.session.spent.read, capsys.readouterr().out
+    assert read[True] < read[False]
+    assert said[True] == said[False]
+
+
 @pytest.mark.parametrize("times", [1, 2], ids=["once", "twice at once"])
 def test_ctrl_c_stops_the_answer_and_the_talk_goes_on(
     checkpoint: Path, screen: Console, times: int, capsys: pytest.CaptureFixture[str]

@@ -164,6 +164,15 @@ def test_no_more_conversations_are_kept_than_allowed(built: Assembled) -> None:
         assert usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens
 
 
+def test_who_asks_the_same_again_and_again_costs_nobody_else_their_conversation(built: Assembled) -> None:
+    with serving(built, sessions=3) as served, served.client() as client:
+        streamed(client, [user("Name the bird.")], max_tokens=2)
+        for _ in range(4):
+            streamed(client, [user("Look at the house, and count what is in it.")], max_tokens=2)
+        _, usage = streamed(client, [user("Name the bird.")], max_tokens=2)
+        assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens
+
+
 def test_a_short_answer_need_not_wait_for_the_end_of_a_long_one(client: OpenAI) -> None:
     long: Any = client.chat.completions.create(model="tiny", messages=[user("Long.")], max_tokens=400, stream=True)  # pyright: ignore
     next(iter(long))
