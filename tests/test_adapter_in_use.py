@@ -76,7 +76,9 @@ def test_it_generates_as_the_merged_one(both: tuple[Path, Path], capsys: pytest.
     ("command", "file"),
     [
         (["evaluate", "--size=8"], "evaluation.json"),
-        (["fewshot", "--shots=2", "--queries=4", "--seeds=1", "--pool=8"], "fewshot.json"),
+        pytest.param(
+            ["fewshot", "--shots=2", "--queries=4", "--seeds=1", "--pool=8"], "fewshot.json", marks=pytest.mark.slow
+        ),
     ],
     ids=["evaluate", "fewshot"],
 )

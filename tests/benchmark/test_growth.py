@@ -57,7 +57,9 @@ def test_nothing_but_what_is_named_grows(axis: str) -> None:
     assert sizes(large) == {**sizes(small), axis: large}
 
 
-@pytest.mark.parametrize("bridge", [PROJECTOR, FLAMINGO], ids=lambda bridge: bridge["name"])
+@pytest.mark.parametrize(
+    "bridge", [PROJECTOR, pytest.param(FLAMINGO, marks=pytest.mark.slow)], ids=lambda bridge: bridge["name"]
+)
 def test_more_of_anything_is_more_multiplications(given: Any, tmp_path: Path, bridge: dict[str, Any]) -> None:
     axes = {"slots": (2, 6), "texts of a picture": (1, 3), "pictures of a document": (1, 2), "shots": (0, 2, 50)}
     found = growth(given(bridge), plot=str(tmp_path / "plot.svg"), axes=axes)
@@ -71,6 +73,7 @@ def test_more_of_anything_is_more_multiplications(given: Any, tmp_path: Path, br
     assert many.positions - few.positions == (0 if bridge is FLAMINGO else 2 * 4)
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_plots_them(
     given: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

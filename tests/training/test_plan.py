@@ -48,7 +48,7 @@ def taken(stage: Stage, recipe: Recipe, micro_batch: int) -> int:
     return max(peak(lambda: train_step(engine, [share], 1.0, stage.loss)) for _ in range(3))
 
 
-@pytest.mark.parametrize("name", BRIDGES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "wide")) for n in BRIDGES])
 def test_memory_is_within_fifteen_percent_of_a_step(recipe: Recipe, tmp_path: Path, name: str) -> None:
     recipe = captions(recipe, tmp_path)
     recipe.bridge = BRIDGES[name]
