@@ -2,10 +2,8 @@
 
 from collections.abc import Generator, Sequence
 from copy import copy
-from dataclasses import dataclass
 from math import inf
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,53 +12,14 @@ from torch import Tensor
 from bridges.build import Assembled
 from bridges.data.conversation import Turn, images_of
 from bridges.inference.decoding import Choose, cut, decode, greedy, held, room, spoken, until_end
-from bridges.inference.looking import Key, Looker, Seen
+from bridges.inference.looking import Looker, Seen
 from bridges.inference.memory import Mark, Memory, same
+from bridges.inference.plan import Known, Plan, Spent
 from bridges.sight import Sight, sight_of_one
 from bridges.towers.precision import for_few_tokens
 
 SLACK = 0.75
 """Of the context is left filled when the oldest turns are dropped, so that the next turn need not drop again."""
-
-
-class Plan(NamedTuple):
-    """What has to be read before the reply, and after what."""
-
-    mark: Mark
-    ids: list[int]
-    looks: list[int]
-    """The number of the last picture before each id"""
-    text: str
-    turns: list[Turn]
-    keys: tuple[Key, ...]
-
-    @property
-    def size(self) -> int:
-        """Tokens of the whole prompt."""
-        return self.mark.read + len(self.ids)
-
-
-class Known(NamedTuple):
-    """Tokens of a conversation: of all of it, of those `kept` from before, and of what would be `lost` in exchange."""
-
-    size: int
-    kept: int
-    lost: int
-
-
-@dataclass
-class Spent:
-    """What a reply cost: tokens `read` and `kept` from before, `said`, pictures `encoded` by the tower and `reused`,
-    seconds to the `first` token and in all; and whether the reply `ended` by itself, or was cut off."""
-
-    read: int = 0
-    kept: int = 0
-    said: int = 0
-    encoded: int = 0
-    reused: int = 0
-    first: float = 0.0
-    seconds: float = 0.0
-    ended: bool = False
 
 
 class Session:

@@ -7,7 +7,7 @@ from secrets import token_hex
 from time import time
 from typing import Any
 
-from bridges.inference.session import Spent
+from bridges.inference.plan import Spent
 from bridges.serve.body import Body, Refused
 from bridges.serve.engine import Job
 

@@ -15,7 +15,8 @@ from bridges.data.conversation import Turn, images_of
 from bridges.inference.decoding import Choose, room
 from bridges.inference.features import Features
 from bridges.inference.looking import Looker
-from bridges.inference.session import Session, Spent
+from bridges.inference.plan import Spent
+from bridges.inference.session import Session
 from bridges.serve.body import Refused
 
 LONGEST = 1024
