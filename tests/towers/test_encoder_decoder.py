@@ -315,7 +315,7 @@ def run(request: pytest.FixtureRequest, tiny_clip: Path, tiny_t5: Path, captions
     recipe = tiny_recipe(tiny_clip, language, tmp_path / "run")
     recipe.language.template = "t5" if both else "plain"
     recipe.data = replace(recipe.data, source=str(captions), prompts=[""], prefix=both)
-    recipe.train = replace(recipe.train, steps=30, batch=4, lr=1e-2, warmup=2, log_every=1, evaluate_every=15)
+    recipe.train = replace(recipe.train, steps=60, batch=4, lr=1e-1, warmup=2, log_every=1, evaluate_every=30)
     return recipe
 
 
@@ -329,7 +329,7 @@ def test_it_learns_is_saved_and_loaded_answers_and_chats(run: Recipe, pictures: 
         float(language_loss(m.model, collate(rows_of(Example([chat]), m.template), m.model.vision.preprocess))[0])
         for m in (before, assembled)
     ]
-    assert nll[1] < nll[0] - 1
+    assert nll[1] < nll[0] - 5
     session = Session(assembled)
     for question in ([pictures[0], "There"], ["Is it a cat?"]):
         session.append(Turn("user", list(question)))
