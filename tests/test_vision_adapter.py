@@ -241,6 +241,7 @@ def test_each_adapter_has_its_own_learning_rate(run: Recipe) -> None:
     assert not any(m for n, m in moved.items() if not n.startswith("bridge.") and ".lora_" not in n)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_it(run: Recipe, tmp_path: Path) -> None:
     """Larger pictures too: this encoder takes them, and has the same adapter then."""
     sizes: dict[str, Any] = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, mlp_ratio=2)

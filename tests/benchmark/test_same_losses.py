@@ -28,7 +28,7 @@ BRIDGES: dict[str, dict[str, Any]] = {
 EVERY = [name for name in OURS if name != "ours"]
 
 
-@pytest.fixture(scope="module", params=BRIDGES)
+@pytest.fixture(scope="module", params=["projector", pytest.param("flamingo", marks=pytest.mark.slow)])
 def task(
     request: pytest.FixtureRequest, tiny_clip: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Task:

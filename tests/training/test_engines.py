@@ -154,6 +154,7 @@ def test_lora_beside_every_engine_is_lora_in_one_process(run: Recipe, tmp_path: 
             assert (tmp_path / name / file).stat().st_size == (one / file).stat().st_size
 
 
+@pytest.mark.slow
 def test_a_vision_adapter_trains_on_two_processes_of_which_one_has_no_picture(run: Recipe, tmp_path: Path) -> None:
     run = replace(run, vision=replace(run.vision, lora=Lora(rank=2)), train=replace(run.train, steps=3))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain(asdict(run))))
