@@ -93,7 +93,8 @@ def meant(built: Assembled, texts: Sequence[str]) -> Float[Tensor, "n d"]:
     language, tokenizer = built.model.language, built.template.tokenizer
     ids: list[list[int]] = [tokenizer(f" {text}", add_special_tokens=False)["input_ids"] for text in texts]
     known = sorted({token for row in ids for token in row})
-    counts = torch.stack([torch.bincount(torch.tensor(row), minlength=known[-1] + 1)[known] for row in ids]).double()
+    rows = (torch.tensor(row, dtype=torch.long) for row in ids)
+    counts = torch.stack([torch.bincount(row, minlength=known[-1] + 1)[known] for row in rows]).double()
     telling = (len(ids) / (counts > 0).sum(0)).log()
     return counts * telling @ language.embed(torch.tensor([known], device=language.device))[0].cpu().double()
 
