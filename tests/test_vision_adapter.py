@@ -114,6 +114,7 @@ def test_only_the_adapters_dropout_wakes(asked: Recipe, pictures: list[Image.Ima
     assert torch.equal(seen(assembled, pictures), asleep)
 
 
+@pytest.mark.slow
 def test_it_is_loaded_with_the_checkpoint_in_a_fresh_process(adapted: Assembled, batch: Batch) -> None:
     folder = Path(adapted.recipe.output)
     save_checkpoint(folder, adapted)

@@ -48,7 +48,7 @@ def taken(stage: Stage, recipe: Recipe, micro_batch: int) -> int:
     return max(peak(lambda: train_step(engine, [share], 1.0, stage.loss)) for _ in range(3))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "wide")) for n in BRIDGES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("wide", "lora"))) for n in BRIDGES])
 def test_memory_is_within_fifteen_percent_of_a_step(recipe: Recipe, tmp_path: Path, name: str) -> None:
     recipe = captions(recipe, tmp_path)
     recipe.bridge = BRIDGES[name]
@@ -108,6 +108,7 @@ def test_choices_say_what_they_cost(recipe: Recipe, tmp_path: Path) -> None:
     assert cost["language.quantize nf4"].weights == pytest.approx(bits.weights, rel=0.02)
 
 
+@pytest.mark.slow
 def test_twice_the_resolution_costs_its_slots_where_the_encoder_takes_it(recipe: Recipe, tmp_path: Path) -> None:
     config = Dinov2Config(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8)
     Dinov2Model(config).save_pretrained(tmp_path / "dino")
@@ -125,6 +126,7 @@ def test_twice_the_resolution_costs_its_slots_where_the_encoder_takes_it(recipe:
     assert open_stage(recipe).built.model.bridge.num_slots == cost.slots
 
 
+@pytest.mark.slow
 def test_every_second_layer_costs_half_of_every_layer(recipe: Recipe, tmp_path: Path) -> None:
     recipe = captions(recipe, tmp_path)
     recipe.bridge = BRIDGES["flamingo"]
