@@ -11,6 +11,7 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,15 +39,24 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Size:
+    """Of a step: targets; tokens that are computed with, padding included; floating-point operations of its products,
+    but for those of the optimizer."""
+
+    targets: int
+    tokens: int
+    flops: float
+
+
+@dataclass(frozen=True)
 class Ready:
-    """The first step's mean loss (nats a target), and where its gradient is: the bridge's, by our names.
+    """The first step's mean loss (nats a target) and size, and where its gradient is: the bridge's, by our names.
 
     Before that so many pictures were encoded ahead, in so many seconds, by who keeps features.
     """
 
     loss: float
-    targets: int
-    tokens: int
+    size: Size
     gradient: Path
     ahead: float = 0.0
     pictures: int = 0
@@ -123,14 +133,14 @@ def ready(
     task: Task,
     name: str,
     loss: float,
-    counted: tuple[int, int],
+    size: Size,
     gradient: dict[str, Tensor],
     ahead: tuple[float, int] = (0.0, 0),
 ) -> Ready:
-    """`counted`: targets, and tokens that were computed with, padding included."""
+    """With the gradient in a file, in float32."""
     path = task.folder / f"{name}.safetensors"
-    save_file({key: tensor.detach().float().contiguous() for key, tensor in gradient.items()}, path)
-    return Ready(loss, *counted, path, *ahead)
+    save_file({key: tensor.detach().float().cpu().contiguous() for key, tensor in gradient.items()}, path)
+    return Ready(loss, size, path, *ahead)
 
 
 class Clock:
@@ -143,12 +153,16 @@ class Clock:
         self.steps, self.loss, self.targets = self.steps + 1, loss, self.targets + targets
 
     def lap(self) -> Lap:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         wall, cpu = perf_counter() - self.wall, process_time() - self.cpu
         return Lap(wall / self.steps, cpu / self.steps, self.targets / self.steps, self.loss)
 
 
 def peak_memory() -> int:
-    """Bytes that this process has had resident at most."""
+    """Bytes that this process has had at most: on an accelerator allocated, else resident."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_allocated()
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

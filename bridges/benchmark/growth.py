@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from bridges.benchmark.growth_report import Point, plot_text, sentence, table
+from bridges.benchmark.multiplications import counted
 from bridges.benchmark.rounds import enough, write_figures
 from bridges.build import Assembled, assemble, build, build_bridge
 from bridges.data.batch import Batch
@@ -43,13 +43,6 @@ AXES: dict[str, tuple[int, ...]] = {
 SLOTS = {"qformer": "queries", "resampler": "latents", "flamingo": "latents"}
 """The option that says how many; a projector has as many slots as it is given patches."""
 PRODUCTS = re.compile("mm$|conv|attention|linear")
-aten: Any = torch.ops.aten
-ATTENTION: dict[Any, Any] = {  # on a CPU, which the counter does not know
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda out, q, k, v, *_, **__: sdpa_backward_flop_count(out, q, k, v)
-    ),
-}
 
 
 def growth(
@@ -168,8 +161,7 @@ def read_once(model: Any, data: Batch) -> object:
 
 def measured(size: int, positions: int, work: Callable[[], object], rounds: int) -> Point:
     """Its seconds; what it multiplies, counted in a run that does not count; and the seconds of its products."""
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-        work()
+    _, flops = counted(work)
     seconds = []
     for _ in range(rounds):
         began = perf_counter()
@@ -179,6 +171,4 @@ def measured(size: int, positions: int, work: Callable[[], object], rounds: int)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         work()
     products = sum(e.self_cpu_time_total for e in profiled.key_averages() if PRODUCTS.search(e.key)) / 1e6
-    return Point(
-        size, positions, median(seconds), min(seconds), max(seconds), float(counter.get_total_flops()), products
-    )
+    return Point(size, positions, median(seconds), min(seconds), max(seconds), flops, products)

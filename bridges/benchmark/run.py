@@ -11,6 +11,7 @@ def benchmark(
     texts: int = 1,
     contestant: list[str] = [],
     vision: str | None = None,
+    language: str | None = None,
     batch: int | None = None,
     until: float | None = None,
     image: list[str] = [],
@@ -33,9 +34,12 @@ def benchmark(
         rounds: how often each way is timed
         steps: of train, how many in a round
         texts: of train, of every picture
-        contestant: of train, tuned, default (both by default), trl, or ours without a technique, no-prefix, no-sharing,
-            no-lines, all-logits, whole-graph, or with features from disk (cache); give the option again for more
-        vision: of train, another tower than the recipe's, or siglip-b (that shape with random weights)
+        contestant: of train, tuned, default (both by default), trl; or ours without one technique (no-), with one alone
+            (only-), or with none (plain): no-cache, no-prefix, no-sharing, no-lines, no-logits, no-graph; give the
+            option again for more
+        vision: of train, another tower than the recipe's, or one that is only a shape, with random weights: siglip-b,
+            vit-l, vit-l-336
+        language: of train, another language model, or a shape: llama-1b, llama-7b
         batch: of train and growth, pictures a step; of growth 2 by default
         until: of train, held-out loss (nats a target) up to which all train, instead of rounds; it is looked at after
             every so many steps, outside of what is timed
@@ -58,9 +62,9 @@ def benchmark(
         from bridges.benchmark.until import train_until
 
         if until is not None:
-            train_until(subject, until, steps, texts, contestant, vision, batch, json)
+            train_until(subject, until, steps, texts, contestant, vision, language, batch, json)
             return
-        train(subject, rounds, steps, texts, contestant, vision, batch, json)
+        train(subject, rounds, steps, texts, contestant, vision, language, batch, json)
         return
     from bridges.benchmark.chat import chat
     from bridges.benchmark.fewshot import fewshot

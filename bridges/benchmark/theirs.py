@@ -20,17 +20,20 @@ from transformers import (
     TrainingArguments,
 )
 
-from bridges.benchmark.contest import FIRST, Clock, Lap, Task, examples, held_out, ready
+from bridges.benchmark.contest import FIRST, Clock, Lap, Size, Task, examples, held_out, ready
+from bridges.benchmark.multiplications import counted
 from bridges.benchmark.peers import PEERS
 from bridges.build import build_bridge, vision_tower
 from bridges.data.batch import shorten
 from bridges.data.conversation import Example
 from bridges.data.template import IGNORE_INDEX, IMAGE_TOKEN_ID, Template
 from bridges.towers.bundled import resolve
+from bridges.towers.precision import fastest_dtype
 from bridges.towers.vision import VisionTower
 
-DTYPES = {"tuned": torch.float32, "default": torch.bfloat16, "trl": torch.float32}
-"""`default` is what a checkpoint of this language model says, and what from_pretrained then takes."""
+THEIRS = ["tuned", "default", "trl"]
+"""`default` is as it comes: in bfloat16, which a checkpoint says, and from_pretrained then takes; the others are in
+what this machine is fastest in, as we are."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,9 @@ def led(kind: type[Trainer], gate: Gate) -> type[Trainer]:
 def run(pipe: Connection, task: Task, name: str) -> None:
     """Take part."""
     recipe = task.recipe
-    where = resolve(recipe.language.name)
+    where, dtype = resolve(recipe.language.name), torch.bfloat16 if name == "default" else fastest_dtype()
     vision = vision_tower(recipe)
-    language: Any = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[name], attn_implementation="sdpa")
+    language: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation="sdpa")
     with torch.device("meta"):
         width, layers = language.config.hidden_size, language.config.num_hidden_layers
         bridge = build_bridge(recipe.bridge, vision.dim, vision.num_patches, width, layers)
@@ -121,23 +124,25 @@ def run(pipe: Connection, task: Task, name: str) -> None:
 
     collate = Collator(vision, image_id, tagged=not bridge.num_slots)
     held = [collate([texts_of(some, template, recipe.data.max_length)]) for some in held_out(task)]
-    gate = Gate(pipe, lambda lap: replace(lap, held_out=loss_of(model, held)) if held else lap)
+    gate = Gate(pipe, lambda lap: replace(lap, held_out=loss_of(trainer, held)) if held else lap)
     trainer = trainer_of(name, model, steps, collate, gate, task, tokenizer)
     batch = collate(steps[:1])
     targets = int((batch["labels"] != IGNORE_INDEX).sum())
-    loss = trainer.training_step(model, dict(batch), torch.tensor(targets))
+    loss, flops = counted(lambda: trainer.training_step(model, dict(batch), torch.tensor(targets)))
     gradient = {ours: given(model.get_parameter(theirs).grad, ours) for ours, theirs in names.items()}
-    pipe.send(ready(task, name, float(loss), (targets, batch["input_ids"].numel()), gradient))
+    pipe.send(ready(task, name, float(loss), Size(targets, batch["input_ids"].numel(), flops), gradient))
     model.zero_grad()
     trainer.train()
 
 
 @torch.no_grad()
-def loss_of(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:
+def loss_of(trainer: Trainer, batches: Sequence[dict[str, Tensor]]) -> float:
     """Mean over all targets, asleep."""
+    model: Any = trainer.model
     model.eval()
     counts = [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches]
-    total = sum(float(model(**batch).loss) * count for batch, count in zip(batches, counts, strict=True))
+    on = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in batches]
+    total = sum(float(model(**batch).loss) * count for batch, count in zip(on, counts, strict=True))
     model.train()
     return total / sum(counts)
 

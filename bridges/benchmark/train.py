@@ -4,7 +4,7 @@ Every contestant has a process of its own; they take turns, A B A B, so that wha
 """
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,10 +20,12 @@ from torch import Tensor
 from bridges.benchmark import ours, theirs
 from bridges.benchmark.contest import Failed, Lap, Racer, Task, take_part
 from bridges.benchmark.rounds import enough
-from bridges.benchmark.shapes import SHAPES, shape
+from bridges.benchmark.shapes import LANGUAGE, VISION, language_shape, vision_shape
 from bridges.benchmark.standings import machine, table, write_standings
+from bridges.benchmark.techniques import OURS
 from bridges.config import Recipe
 from bridges.recipe import read_recipe
+from bridges.towers.precision import fastest_dtype
 
 EXACT, ROUGH = (1e-4, 1e-4), (2e-2, 0.25)
 """How far first loss and gradient may be apart, relative to their size: in fp32, in bfloat16. Thirty layers in bfloat16
@@ -38,6 +41,7 @@ def train(
     texts: int = 1,
     contestant: Sequence[str] = (),
     vision: str | None = None,
+    language: str | None = None,
     batch: int | None = None,
     json: str | None = None,
     console: Console | None = None,
@@ -48,11 +52,11 @@ def train(
     what cannot be compared.
     """
     enough(rounds)
-    names = named(contestant or USUAL, steps, texts)
     read = read_recipe(recipe)
+    names = named(contestant or USUAL, steps, texts, read)
     told = console or Console()
     with TemporaryDirectory() as folder:
-        read = settled(read, vision, batch, Path(folder))
+        read = settled(read, vision, language, batch, Path(folder))
         task = Task(read, texts, steps=WARM + 1 + rounds * steps, folder=Path(folder))
         with contest(task, names) as racers:
             race(racers, rounds, steps)
@@ -63,27 +67,39 @@ def train(
     return racers
 
 
-def named(contestant: Sequence[str], steps: int, texts: int) -> list[str]:
+def named(contestant: Sequence[str], steps: int, texts: int, recipe: Recipe) -> list[str]:
     """Ours, and those that are to be beside it. ValueError for one that there is not, or for nothing to do."""
-    known = [*ours.OURS, *theirs.DTYPES]
+    known = [*OURS, *theirs.THEIRS]
     if wrong := [name for name in contestant if name not in known]:
         raise ValueError(f"no contestant {wrong[0]!r}; there are {', '.join(known)}")
+    if recipe.vision.cache is None and any(name.endswith("-cache") for name in contestant):
+        raise ValueError("the recipe keeps no features that one could do without; add vision: {cache: fp32} to it")
     if min(steps, texts) < 1:
         raise ValueError(f"{steps} steps a round, {texts} texts a picture: at least 1 of each")
     return ["ours", *(name for name in contestant if name != "ours")]
 
 
-def settled(recipe: Recipe, vision: str | None, batch: int | None, folder: Path) -> Recipe:
-    """With another vision tower, or batch; one that only has a shape is made up in `folder`."""
+def settled(recipe: Recipe, vision: str | None, language: str | None, batch: int | None, folder: Path) -> Recipe:
+    """With other towers, or batch; those that only have a shape are made up in `folder`."""
     if batch is not None:
         recipe = replace(recipe, train=replace(recipe.train, batch=batch))
     recipe = replace(recipe, output=str(folder / "run"), train=replace(recipe.train, micro_batch=None))
-    if vision in SHAPES:
-        maker = multiprocessing.get_context("spawn").Process(target=shape, args=(vision, folder / "vision"))
-        maker.start()  # apart, because a process that once was large passes its peak of memory on
-        maker.join()
-        vision = str(folder / "vision")
-    return recipe if vision is None else replace(recipe, vision=replace(recipe.vision, name=vision, layer=-1))
+    if vision is not None:
+        made = made_up(vision_shape, vision, folder / "vision") if vision in VISION else vision
+        recipe = replace(recipe, vision=replace(recipe.vision, name=made, layer=-1))
+    if language is not None:
+        tokenizer = recipe.language.name
+        made = made_up(language_shape, language, folder / "language", tokenizer) if language in LANGUAGE else language
+        recipe = replace(recipe, language=replace(recipe.language, name=made))
+    return recipe
+
+
+def made_up(shape: Callable[..., None], name: str, folder: Path, *more: str) -> str:
+    """Written in a process of its own, because one that once was large passes its peak of memory on."""
+    maker = multiprocessing.get_context("spawn").Process(target=shape, args=(name, folder, *more))
+    maker.start()
+    maker.join()
+    return str(folder)
 
 
 @contextmanager
@@ -132,7 +148,7 @@ def race(racers: Sequence[Racer], rounds: int, steps: int) -> None:
 def start(task: Task, name: str) -> Racer:
     context: Any = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    run = ours.run if name in ours.OURS else theirs.run
+    run = ours.run if name in OURS else theirs.run
     process = context.Process(target=take_part, args=(there, run, task, name), daemon=True)
     process.start()
     there.close()
@@ -168,18 +184,18 @@ def compare(racers: Sequence[Racer]) -> None:
     """ValueError where a contestant's first step is not that of the first one."""
     first = racers[0].told
     assert first is not None
-    wanted = load_file(first.gradient)
+    wanted, exact = load_file(first.gradient), fastest_dtype() == torch.float32
     for racer in racers:
         assert racer.told is not None
         loss = abs(racer.told.loss - first.loss)
         gradient = distance(load_file(racer.told.gradient), wanted)
         racer.apart = (loss, gradient)
-        most = ROUGH if racer.name == "default" else EXACT
+        most = EXACT if exact and racer.name != "default" else ROUGH
         alike = loss / abs(first.loss) <= most[0] and gradient <= most[1]
-        if not alike or racer.told.targets != first.targets:
+        if not alike or racer.told.size.targets != first.size.targets:
             raise ValueError(
                 f"{racer.name} does not compute the same, so nothing is timed: loss {racer.told.loss:.6f} beside "
-                f"{first.loss:.6f}, {racer.told.targets} targets beside {first.targets}, gradient off by "
+                f"{first.loss:.6f}, {racer.told.size.targets} targets beside {first.size.targets}, gradient off by "
                 f"{gradient:.1e} of its size (at most {most[1]:.0e})"
             )
 

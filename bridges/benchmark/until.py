@@ -16,7 +16,7 @@ from bridges.benchmark.train import contest, lap, named, running, settled
 from bridges.files import write
 from bridges.recipe import read_recipe
 
-USUAL = ["cache", "tuned"]
+USUAL = ["tuned"]
 
 
 def train_until(
@@ -26,6 +26,7 @@ def train_until(
     texts: int = 1,
     contestant: Sequence[str] = (),
     vision: str | None = None,
+    language: str | None = None,
     batch: int | None = None,
     json: str | None = None,
     console: Console | None = None,
@@ -35,10 +36,11 @@ def train_until(
     It is measured after every so many steps; that time does not count, but that of encoding ahead does. They take
     turns, as far as the recipe's steps go. Raises ValueError as `train`.
     """
-    names = named(contestant or USUAL, steps, texts)
+    read = read_recipe(recipe)
+    names = named(contestant or USUAL, steps, texts, read)
     told = console or Console()
     with TemporaryDirectory() as folder:
-        read = settled(read_recipe(recipe), vision, batch, Path(folder))
+        read = settled(read, vision, language, batch, Path(folder))
         if steps > read.train.steps:
             raise ValueError(f"a look after {steps} steps, and train.steps is {read.train.steps}; look earlier")
         task = Task(read, texts, read.train.steps, Path(folder), read.train.evaluate_size)

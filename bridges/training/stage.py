@@ -72,10 +72,13 @@ def said_loss(model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     return language_loss(model, batch)[0], {}
 
 
-def make_batch(assembled: Assembled, examples: Sequence[Example], store: Store | None = None) -> Batch:
-    """Examples to tensors, with features where there is a store. ValueError where no token of them is a target."""
+def make_batch(
+    assembled: Assembled, examples: Sequence[Example], store: Store | None = None, share: bool = True
+) -> Batch:
+    """Examples to tensors, with features where there is a store. Texts about the same pictures `share` a row, where the
+    language model can. ValueError where no token of them is a target."""
     model, template, recipe = assembled
-    share = model.language.shares(recipe.data.max_length)
+    share = share and model.language.shares(recipe.data.max_length)
     rows = [r for e in examples for r in rows_of(e, template, recipe.data.max_length, share)]
     batch = collate(rows, None if store else model.vision.preprocess)
     if not batch.num_targets:

@@ -14,7 +14,7 @@ from bridges import model as splice
 from bridges.benchmark import ours, theirs
 from bridges.benchmark import train as contest
 from bridges.benchmark.contest import FIRST, Lap, Racer, Ready, Task
-from bridges.benchmark.ours import OURS
+from bridges.benchmark.techniques import OURS, TECHNIQUES, left_out
 from bridges.benchmark.train import compare, distance
 from bridges.cli import main
 from bridges.recipe import recipe_from
@@ -45,7 +45,7 @@ def given(tiny_clip: Path, llama: Path, tmp_path: Path) -> Any:
     """A recipe with this bridge."""
     return lambda bridge: {
         "output": str(tmp_path / "run"),
-        "vision": {"name": str(tiny_clip)},
+        "vision": {"name": str(tiny_clip), "cache": "fp32"},
         "language": {"name": str(llama)},
         "bridge": bridge,
         "data": {"source": "scenes", "size": 20},
@@ -101,12 +101,31 @@ def test_a_peer_in_bfloat16_is_nearly_the_same(taken: Any, bridge: dict[str, Any
 
 
 @pytest.mark.parametrize("bridge", [PROJECTOR, FLAMINGO], ids=lambda bridge: bridge["name"])
-def test_each_technique_off_computes_the_same(taken: Any, bridge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(splice, "LONGEST_LINE", splice.LONGEST_LINE)  # `no-lines` changes it, here for this test only
-    told = {name: taken(bridge, name, 3)[0] for name in OURS}
+def test_each_technique_off_or_alone_computes_the_same(
+    taken: Any, bridge: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Ready] = {}
+    for name in OURS:
+        with monkeypatch.context() as patch:
+            patch.setattr(splice, "LONGEST_LINE", splice.LONGEST_LINE)  # which doing without `lines` changes
+            told[name] = taken(bridge, name, 3)[0]
     compare([racer(name, ready) for name, ready in told.items()])
-    assert told["no-sharing"].tokens > told["ours"].tokens
-    assert len({ready.gradient for ready in told.values()}) == len(OURS)
+    flops = {name: ready.size.flops for name, ready in told.items()}
+    for technique in ("cache", "logits"):
+        assert flops[f"no-{technique}"] > flops["ours"], technique
+        assert flops[f"only-{technique}"] < flops["plain"], technique
+    assert told["no-sharing"].size.tokens > told["ours"].size.tokens == told["only-sharing"].size.tokens
+    assert {name for name, ready in told.items() if ready.pictures} == {"ours", "only-cache"} | {
+        f"no-{technique}" for technique in TECHNIQUES if technique != "cache"
+    }
+
+
+def test_a_contestant_does_without_what_its_name_says() -> None:
+    every = list(TECHNIQUES)
+    assert left_out("ours") == []
+    assert left_out("plain") == every
+    assert left_out("no-lines") == ["lines"]
+    assert left_out("only-lines") == [name for name in every if name != "lines"]
 
 
 def test_other_weights_are_refused_before_anything_is_timed(taken: Any, tmp_path: Path) -> None:
@@ -167,6 +186,7 @@ def test_training_to_a_loss_takes_all_the_same_steps_and_tells_the_seconds(
 
     def trained(loss: float) -> tuple[str, dict[str, Any]]:
         asked = ["--until", str(loss), "--steps", "3", "--texts", "2", "--json", str(figures)]
+        asked += ["--contestant", "no-cache", "--contestant", "tuned"]
         main(["benchmark", "train", str(tmp_path / "recipe.yaml"), *asked])
         return capsys.readouterr().out, json.loads(figures.read_text())["contestants"]
 
@@ -174,13 +194,13 @@ def test_training_to_a_loss_takes_all_the_same_steps_and_tells_the_seconds(
     assert "not reached" in told
     held = {name: [lap["held_out"] for lap in found["laps"]] for name, found in first.items()}
     assert len(held["ours"]) == 4
-    for name in ("cache", "tuned"):
+    for name in ("no-cache", "tuned"):
         assert held[name] == pytest.approx(held["ours"], abs=1e-3)
     assert held["ours"][2] < held["ours"][0]
     told, found = trained((held["ours"][1] + held["ours"][2]) / 2)
     assert "not reached" not in told
     assert {len(each["laps"]) for each in found.values()} == {3}
-    cache = found["cache"]
+    cache = found["ours"]
     assert cache["encoding ahead"] > 0
     assert cache["seconds"] == pytest.approx(cache["encoding ahead"] + 3 * sum(lap["seconds"] for lap in cache["laps"]))
 

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 
 from bridges import model as splice
 from bridges.benchmark.contest import Task, examples
-from bridges.benchmark.ours import OURS, open_gates
-from bridges.data.batch import Batch
+from bridges.benchmark.ours import open_gates
+from bridges.benchmark.techniques import TECHNIQUES, settle
 from bridges.data.conversation import Example
 from bridges.recipe import recipe_from
 from bridges.training.engine import Engine
@@ -25,7 +25,6 @@ BRIDGES: dict[str, dict[str, Any]] = {
     "projector": {"name": "projector", "depth": 2, "merge": "average", "factor": 2},
     "flamingo": dict(name="flamingo", latents=3, depth=1, resampler_heads=2, heads=2, head_dim=8, inner=24, offset=1),
 }
-EVERY = [name for name in OURS if name != "ours"]
 
 
 @pytest.fixture(scope="module", params=["projector", pytest.param("flamingo", marks=pytest.mark.slow)])
@@ -35,7 +34,7 @@ def task(
     folder = tmp_path_factory.mktemp("run")
     given = {
         "output": str(folder / "run"),
-        "vision": {"name": str(tiny_clip)},
+        "vision": {"name": str(tiny_clip), "cache": "fp32"},
         "language": {"name": str(tiny_llama), "system": "You are a helpful assistant."},
         "bridge": BRIDGES[request.param],
         "data": {"source": "scenes", "size": 16},
@@ -49,25 +48,14 @@ def steps(task: Task) -> list[list[Example]]:
     return examples(task)
 
 
-@pytest.fixture(scope="module")
-def batches(task: Task, steps: list[list[Example]]) -> list[Batch]:
-    """As training makes them."""
+def losses(task: Task, steps: list[list[Example]], name: str) -> list[float]:
     stage = language_stage(task.recipe)
-    return [stage.batch(some) for some in steps]
-
-
-def losses(task: Task, steps: list[list[Example]], batches: list[Batch], off: list[str]) -> list[float]:
-    stage = language_stage(task.recipe)
+    settle(stage, name)
     model: Any = stage.built.model.train()
     open_gates(model.bridge)
     model.double()
-    usual = stage.batch
-    for name in off:
-        OURS[name][1](stage)
-    if stage.batch is not usual:
-        batches = [stage.batch(some) for some in steps]
     engine = Engine(Accelerator(cpu=True), model, adam(model, task.recipe))
-    shares = ([Share("scenes", 1.0, [batch])] for batch in batches)
+    shares = ([Share("scenes", 1.0, [stage.batch(some)])] for some in steps)
     found = [train_step(engine, share, task.recipe.train.clip, stage.loss)["loss"] for share in shares]
     if stage.store is not None:
         assert stage.store.encoded == len({id(example) for some in steps for example in some}), "nothing was kept"
@@ -75,26 +63,21 @@ def losses(task: Task, steps: list[list[Example]], batches: list[Batch], off: li
 
 
 @pytest.fixture(scope="module")
-def plain(task: Task, steps: list[list[Example]], batches: list[Batch]) -> list[float]:
+def plain(task: Task, steps: list[list[Example]]) -> list[float]:
     """With nothing that spares work."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(splice, "LONGEST_LINE", splice.LONGEST_LINE)  # `no-lines` changes it
-        found = losses(task, steps, batches, [name for name in EVERY if name != "cache"])
+        patch.setattr(splice, "LONGEST_LINE", splice.LONGEST_LINE)  # which doing without `lines` changes
+        found = losses(task, steps, "plain")
     assert found[-1] < found[0] - 0.2, "nothing was learnt, so every run is alike"
     return found
 
 
-@pytest.mark.parametrize("off", ["ours", *EVERY])
-def test_every_technique_has_the_losses_of_plain_training(
-    task: Task,
-    steps: list[list[Example]],
-    batches: list[Batch],
-    plain: list[float],
-    off: str,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("name", ["ours", *(f"no-{technique}" for technique in TECHNIQUES)])
+def test_training_without_a_technique_has_the_losses_of_plain_training(
+    task: Task, steps: list[list[Example]], plain: list[float], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(splice, "LONGEST_LINE", splice.LONGEST_LINE)
-    found = losses(task, steps, batches, [off])
+    found = losses(task, steps, name)
     far = max(abs(a - b) for a, b in zip(found, plain, strict=True))
-    print(f"{off}: {far:.1e}")
-    assert far < 1e-5, f"a loss of {off} is {far:.1e} off"
+    print(f"{name}: {far:.1e}")
+    assert far < 1e-5, f"a loss of {name} is {far:.1e} off"
