@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from bridges.towers import attention
 
 APART = "beginning"  # what transformers calls this attention
 FEW = 16  # new tokens of a row: with more, writing their scores takes longer than a copy of the beginning for each row
@@ -56,11 +57,6 @@ class Followers(Cache):
         self.apart = apart
 
 
-def can_read_apart(model: Any) -> bool:
-    """Whether a model's attention is the plain one, and can be replaced: no cap on its scores, no sinks, no biases."""
-    return bool(model._supports_attention_backend) and model.config._attn_implementation == "sdpa"
-
-
 @contextmanager
 def read_apart(config: Any, cache: Cache | None) -> Iterator[None]:
     """Meanwhile a model with this config reads the beginning of such a cache once for all rows."""
@@ -99,7 +95,7 @@ def attend(
     groups, shared = key.shape[1], keys.shape[2]
     if new > FEW:
         told = whole(before, (key, value))
-        return sdpa_attention_forward(module, query, *told, attention_mask, scaling=scaling, **kwargs)
+        return attention.attend(module, query, *told, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query = rearrange(query * scale, "b (g r) t c -> b g (r t) c", g=groups)
     scores = rearrange(rearrange(query, "b g n c -> g (b n) c") @ keys[0].mT, "g (b n) p -> b g n p", b=rows)

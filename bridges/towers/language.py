@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedTokenizerBase
 
 from bridges.sight import Sight
-from bridges.towers.beginning import Followers, KeysValues, can_read_apart, read_apart
+from bridges.towers.attention import is_plain, take_short
+from bridges.towers.beginning import Followers, KeysValues, read_apart
 from bridges.towers.bundled import quiet_transformers, resolve
 from bridges.towers.precision import fastest_dtype
 from bridges.towers.quantized import Bits, quantize
@@ -53,6 +54,7 @@ class LanguageTower(nn.Module):
         self.model, report = loaded
         if missing := sorted(report["missing_keys"]):  # transformers would make them up
             raise ValueError(f"{name_or_path} lacks {len(missing)} weights of the language model, such as {missing[0]}")
+        take_short(self.model)
         self.requires_grad_(False)
         self.mark()
         self.quantized = quantize(self.model, quantized) if quantized else []
@@ -176,7 +178,7 @@ class LanguageTower(nn.Module):
 
     def cache_after(self, before: Sequence[KeysValues]) -> Cache:
         """For rows that follow what has been read, keys and values by layer, which nobody copies or changes."""
-        return Followers(before, can_read_apart(self.model))
+        return Followers(before, is_plain(self.model))
 
     def mark(self) -> None:
         """From now on the weights as they are tell this model from others."""
