@@ -50,7 +50,7 @@ from bridges.towers.language import LanguageTower
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and every process that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-pytest.register_assert_rewrite("fusing")  # its assertions tell as much as those of a test
+pytest.register_assert_rewrite("adapting", "fusing")  # their assertions tell as much as those of a test
 torch.set_num_threads(1)  # for tensors this small a second thread costs several times what it saves
 
 
