@@ -1,6 +1,7 @@
 """Beginning at the words that are said about pictures."""
 
 import io
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bridges.config import Recipe
-from bridges.data.conversation import Conversation, Example, Turn, ask
+from bridges.data.conversation import Conversation, Example, Turn, ask, images_of
 from bridges.training.loop import train
 from bridges.training.regression import RIDGE, SIZE, fit, start_at_words
 from bridges.training.stage import Stage, open_stage
@@ -40,6 +41,12 @@ def begun(recipe: Recipe, data: list[Example]) -> tuple[Stage, str]:
     stage = open_stage(recipe)
     start_at_words(stage, data, Console(file=told, width=1000))
     return stage, told.getvalue()
+
+
+def assert_as_it_was(stage: Stage, recipe: Recipe) -> None:
+    """Its bridge has the weights of a fresh one."""
+    for name, tensor in open_stage(recipe).built.model.bridge.state_dict().items():
+        assert torch.equal(tensor, stage.built.model.bridge.state_dict()[name])
 
 
 @pytest.fixture
@@ -83,8 +90,21 @@ def test_slots_mean_the_words_and_are_of_the_size_that_is_heard(started: Recipe,
 def test_what_pictures_do_not_tell_leaves_the_bridge_as_it_was(started: Recipe) -> None:
     stage, told = begun(started, coloured(200, right=False))
     assert "at random" in told
-    for name, tensor in open_stage(replace(started)).built.model.bridge.state_dict().items():
-        assert torch.equal(tensor, stage.built.model.bridge.state_dict()[name])
+    assert_as_it_was(stage, started)
+
+
+@pytest.mark.parametrize(
+    "texts", [["A cat."], [""], ["A cat A dog", "A dog A cat"]], ids=["equal", "empty", "reordered"]
+)
+def test_from_equal_texts_nothing_is_learnt_and_one_line_says_so(started: Recipe, texts: list[str]) -> None:
+    pictures = [images_of(example.conversations[0].turns)[0] for example in coloured(60)]
+    said = zip(pictures, itertools.cycle(texts), strict=False)
+    stage, told = begun(started, [Example([ask("What is it?", text, picture)]) for picture, text in said])
+    assert told == (
+        "regression: all 60 texts have the same words, and from equal texts there is nothing to learn; the bridge "
+        "starts at random\n"
+    )
+    assert_as_it_was(stage, started)
 
 
 def test_pictures_are_those_of_examples_that_have_one(started: Recipe) -> None:
