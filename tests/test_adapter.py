@@ -18,6 +18,7 @@ from adapting import (
     examples,
     longest_moves,
 )
+from conftest import open_gates
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -154,11 +155,7 @@ def test_blocks_inside_the_language_model_go_on_beside_an_adapter(recipe: Recipe
     assembled = build(recipe)
     batch = batch_of(plain, examples(pictures))
     for one in (plain, assembled):
-        with torch.no_grad():
-            for block in one.model.bridge.blocks.values():
-                for parameter in block.parameters():
-                    if parameter.numel() == 1:
-                        parameter.fill_(0.7)
+        open_gates(one.model.bridge, 0.7)
     expected = target_nll(plain.model, batch)
     torch.testing.assert_close(target_nll(assembled.model, batch), expected, atol=1e-5, rtol=1e-5)
     disturb(assembled.model.language)
