@@ -6,7 +6,7 @@ import signal
 import string
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -264,17 +264,23 @@ def tiny_checkpoint(assembled: Assembled) -> Path:
     return folder
 
 
+def captioned(folder: Path, captions: Sequence[str], pictures: Sequence[Image.Image] = ()) -> Path:
+    """Write a folder of pictures, each with its caption; of noise, all different, where no pictures are given."""
+    noise = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    lines = ["file_name,caption"]
+    for i, caption in enumerate(captions):
+        pixels = noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        (pictures[i] if pictures else Image.fromarray(pixels)).save(folder / f"{i}.png")
+        lines.append(f"{i}.png,{caption}")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    return folder
+
+
 @pytest.fixture
 def captions(tmp_path: Path) -> Path:
     """Twelve pictures in a folder with their captions, all different."""
-    folder, noise = tmp_path / "pictures", np.random.default_rng(0)
-    folder.mkdir()
-    lines = ["file_name,caption"]
-    for i in range(12):
-        Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        lines.append(f"{i}.png,A {NAMES[i % 6]} and a {NAMES[i // 2]}.")
-    (folder / "metadata.csv").write_text("\n".join(lines))
-    return folder
+    return captioned(tmp_path / "pictures", [f"A {NAMES[i % 6]} and a {NAMES[i // 2]}." for i in range(12)])
 
 
 def said_afresh(folder: Path, batch: Batch) -> Tensor:

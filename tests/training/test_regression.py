@@ -4,11 +4,12 @@ import io
 import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from commands import stop_at
+from conftest import captioned
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -118,15 +119,9 @@ def test_pictures_are_those_of_examples_that_have_one(started: Recipe) -> None:
 @pytest.fixture
 def run(started: Recipe, tmp_path: Path) -> Recipe:
     """Forty pictures in a folder, and four steps."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    lines = ["file_name,caption"]
-    for number, example in enumerate(coloured(45)):
-        asked, answer = example.conversations[0].turns
-        cast(Image.Image, asked.content[0]).save(folder / f"{number}.png")
-        lines.append(f"{number}.png,{answer.content[0]}")
-    (folder / "metadata.csv").write_text("\n".join(lines))
-    started.data.source = str(folder)
+    talks = [example.conversations[0].turns for example in coloured(45)]
+    texts, pictures = [str(said.content[0]) for _, said in talks], [images_of(turns)[0] for turns in talks]
+    started.data.source = str(captioned(tmp_path / "pictures", texts, pictures))
     started.train = replace(started.train, steps=4, batch=4, save_every=2, log_every=1, regression=40)
     return started
 
