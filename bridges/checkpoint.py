@@ -66,6 +66,14 @@ def load_pairs(folder: str | Path) -> Paired:
 def fill(built: Built, folder: Path) -> None:
     """Take the weights of a checkpoint, if its towers are these."""
     check_towers(folder, towers_of(built))
+    load_trained(built, folder)
+
+
+def load_trained(built: Built, folder: Path) -> None:
+    """Take the weights of the bridge, then those of each adapter. ValueError where some are missing or do not fit.
+
+    Whether the towers are those of the checkpoint is for the caller to check (`check_towers`).
+    """
     load_weights(built.model.bridge, folder)
     for kind in loras(built.recipe):
         load_adapter(towers_of(built)[kind], folder)

@@ -6,7 +6,7 @@ import signal
 import string
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from bridges.towers.language import LanguageTower
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and every process that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-pytest.register_assert_rewrite("fusing")  # its assertions tell as much as those of a test
+pytest.register_assert_rewrite("adapting", "fusing")  # their assertions tell as much as those of a test
 torch.set_num_threads(1)  # for tensors this small a second thread costs several times what it saves
 
 
@@ -124,6 +124,14 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             noise = torch.randn(parameter.shape, generator=generator) * 0.2
             parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
     return model
+
+
+def open_gates(bridge: nn.Module, value: float) -> None:
+    """What stands behind a gate that is shut has no part in any result."""
+    with torch.no_grad():
+        for name, parameter in bridge.named_parameters():
+            if name.endswith("_gate"):
+                parameter.fill_(value)
 
 
 def tiny_language(family: str, folder: Path, seed: int = 0, **options: Any) -> Path:
@@ -256,17 +264,23 @@ def tiny_checkpoint(assembled: Assembled) -> Path:
     return folder
 
 
+def captioned(folder: Path, captions: Sequence[str], pictures: Sequence[Image.Image] = ()) -> Path:
+    """Write a folder of pictures, each with its caption; of noise, all different, where no pictures are given."""
+    noise = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    lines = ["file_name,caption"]
+    for i, caption in enumerate(captions):
+        pixels = noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        (pictures[i] if pictures else Image.fromarray(pixels)).save(folder / f"{i}.png")
+        lines.append(f"{i}.png,{caption}")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    return folder
+
+
 @pytest.fixture
 def captions(tmp_path: Path) -> Path:
     """Twelve pictures in a folder with their captions, all different."""
-    folder, noise = tmp_path / "pictures", np.random.default_rng(0)
-    folder.mkdir()
-    lines = ["file_name,caption"]
-    for i in range(12):
-        Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        lines.append(f"{i}.png,A {NAMES[i % 6]} and a {NAMES[i // 2]}.")
-    (folder / "metadata.csv").write_text("\n".join(lines))
-    return folder
+    return captioned(tmp_path / "pictures", [f"A {NAMES[i % 6]} and a {NAMES[i // 2]}." for i in range(12)])
 
 
 def said_afresh(folder: Path, batch: Batch) -> Tensor:

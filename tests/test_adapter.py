@@ -2,14 +2,23 @@
 
 import json
 import sys
-from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import said_afresh
+from adapting import (
+    LORA,
+    assert_a_fresh_process_reads_it_alike,
+    assert_bridge_and_adapter_train,
+    assert_resumed_equals_uninterrupted,
+    batch_of,
+    disturb,
+    examples,
+    longest_moves,
+)
+from conftest import open_gates
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -20,15 +29,13 @@ from bridges import adapter
 from bridges.build import Assembled, build, trained
 from bridges.checkpoint import CARD, load, save_checkpoint
 from bridges.config import Lora, Recipe
-from bridges.data.batch import Batch, collate, rows_of
-from bridges.data.conversation import Conversation, Example, Turn, ask
+from bridges.data.batch import Batch
+from bridges.data.conversation import Example, ask
 from bridges.objectives.language import language_loss, target_nll
 from bridges.recipe import recipe_from
 from bridges.towers.encoder_decoder import language_tower
 from bridges.towers.language import LanguageTower
 from bridges.training.loop import train
-
-LORA = Lora(targets=["q_proj", "down_proj"], rank=4, alpha=8)
 
 
 @pytest.fixture
@@ -43,26 +50,6 @@ def adapted(recipe: Recipe) -> Assembled:
 @pytest.fixture
 def batch(adapted: Assembled, pictures: list[Image.Image]) -> Batch:
     return batch_of(adapted, examples(pictures))
-
-
-@torch.no_grad()
-def disturb(tower: adapter.Tower, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in adapter.parameters(tower):
-        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-
-
-def examples(pictures: list[Image.Image]) -> list[Example]:
-    """Three conversations behind one system turn; two about one picture, one about none."""
-    said = [Turn("system", ["Be brief. The answer is four, I think."])]
-    texts = [ask(f"What is {w}?", f"A {w}.", pictures[0]) for w in ("cat", "bird")]
-    texts += [Conversation([Turn("user", ["Is it a dog?"]), Turn("assistant", ["No."])])]
-    return [Example([Conversation([*said, *t.turns]) for t in some]) for some in (texts[:2], texts[2:])]
-
-
-def batch_of(assembled: Assembled, some: list[Example]) -> Batch:
-    rows = [r for e in some for r in rows_of(e, assembled.template)]
-    return collate(rows, assembled.model.vision.preprocess)
 
 
 def gradients(assembled: Assembled, batch: Batch) -> list[Tensor]:
@@ -111,15 +98,7 @@ def test_both_halves_of_a_t5_are_adapted(tiny_t5: Path) -> None:
 
 
 def test_bridge_and_adapter_train_and_nothing_else_does(adapted: Assembled, batch: Batch) -> None:
-    model = adapted.model
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(trained(adapted), lr=1e-2)
-    gradients(adapted, batch)
-    optimizer.step()
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {n for n in before if n.startswith("bridge.") or ".lora_" in n}
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == moved
-    assert len(trained(adapted)) == len(moved)
+    assert_bridge_and_adapter_train(adapted, batch)
 
 
 def test_an_adapter_is_fp32_beside_a_half_precision_tower(tiny_llama: Path) -> None:
@@ -176,11 +155,7 @@ def test_blocks_inside_the_language_model_go_on_beside_an_adapter(recipe: Recipe
     assembled = build(recipe)
     batch = batch_of(plain, examples(pictures))
     for one in (plain, assembled):
-        with torch.no_grad():
-            for block in one.model.bridge.blocks.values():
-                for parameter in block.parameters():
-                    if parameter.numel() == 1:
-                        parameter.fill_(0.7)
+        open_gates(one.model.bridge, 0.7)
     expected = target_nll(plain.model, batch)
     torch.testing.assert_close(target_nll(assembled.model, batch), expected, atol=1e-5, rtol=1e-5)
     disturb(assembled.model.language)
@@ -190,12 +165,7 @@ def test_blocks_inside_the_language_model_go_on_beside_an_adapter(recipe: Recipe
 
 
 def test_it_is_loaded_with_the_checkpoint_in_a_fresh_process(adapted: Assembled, batch: Batch) -> None:
-    folder = Path(adapted.recipe.output)
-    save_checkpoint(folder, adapted)
-    with torch.no_grad():
-        expected = target_nll(adapted.model, batch)
-    torch.testing.assert_close(said_afresh(folder, batch), expected, atol=1e-6, rtol=1e-6)
-    assert asdict(load(folder).recipe) == asdict(adapted.recipe)
+    assert_a_fresh_process_reads_it_alike(adapted, batch)
 
 
 def test_its_files_hold_what_trains_and_nothing_frozen(adapted: Assembled) -> None:
@@ -308,27 +278,7 @@ def run(recipe: Recipe, captions: Path) -> Recipe:
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(run: Recipe, tmp_path: Path) -> None:
-    whole = train(replace(run, output=str(tmp_path / "whole")))
-    first = replace(run, output=str(tmp_path / "cut"), train=replace(run.train, save_every=3))
-    from bridges.training import loop
-
-    class Stopped(Exception):
-        pass
-
-    saved = loop.save_run
-
-    def stop(*arguments: Any) -> None:
-        saved(*arguments)
-        raise Stopped
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "save_run", stop)
-        with pytest.raises(Stopped):
-            train(first)
-    cut = train(deepcopy(first), resume=True)
-    for name in ("bridge.safetensors", adapter.WEIGHTS["language"]):
-        one, other = load_file(whole / name), load_file(cut / name)
-        assert all(torch.equal(tensor, other[key]) for key, tensor in one.items()), name
+    first = assert_resumed_equals_uninterrupted(run, tmp_path)
     with pytest.raises(ValueError, match=r"was trained with lora.rank 4, the recipe says 8; resume needs the same"):
         train(replace(first, lora=replace(LORA, rank=8)), resume=True)
     with pytest.raises(ValueError, match=r"was trained with lora.targets \[.*\], the recipe says None"):
@@ -337,12 +287,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run: Recipe, tmp_path: Path) 
 
 def test_the_adapter_has_its_own_learning_rate(run: Recipe) -> None:
     """The first step of Adam is as long as its rate, in every place that has a gradient."""
-    run.train = replace(run.train, steps=1, warmup=1)
-    before = build(run)
-    after = load(train(run)).model
-    moved = {
-        name: float((p - q).detach().abs().max())
-        for (name, p), q in zip(before.model.named_parameters(), after.parameters(), strict=True)
-    }
+    moved = longest_moves(run)
     assert max(m for n, m in moved.items() if n.startswith("bridge.")) == pytest.approx(1e-2, rel=1e-2)
     assert max(m for n, m in moved.items() if "lora_B" in n) == pytest.approx(1e-3, rel=1e-2)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapting import LORA, disturb
 from PIL import Image
-from test_adapter import LORA, disturb
 
 from bridges.build import Assembled, build
 from bridges.checkpoint import load, save_checkpoint

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapting import LORA, batch_of, disturb, examples
 from peft import PeftModel
 from PIL import Image
-from test_adapter import LORA, batch_of, disturb, examples
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bridges import adapter

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES, tiny_recipe
+from conftest import SENTENCES, open_gates, tiny_recipe
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from bridges.build import Assembled, build
 from bridges.data.batch import Batch, Row, collate, rows_of
@@ -33,9 +33,7 @@ def model(request: pytest.FixtureRequest, tiny_clip: Path, tiny_llama: Path) -> 
     recipe = tiny_recipe(tiny_clip, tiny_llama, Path("unused"))
     recipe.bridge, recipe.language.system = BRIDGES[request.param], "You are a helpful assistant."
     assembled = build(recipe)
-    for name, parameter in assembled.model.bridge.named_parameters():
-        if name.endswith("_gate"):
-            nn.init.constant_(parameter, 0.7)
+    open_gates(assembled.model.bridge, 0.7)
     return assembled
 
 

@@ -1,17 +1,23 @@
 """LoRA on the vision tower: what trains and what stays, that a checkpoint carries it, that peft and a merge agree."""
 
-from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import said_afresh
+from adapting import (
+    assert_a_fresh_process_reads_it_alike,
+    assert_bridge_and_adapter_train,
+    assert_resumed_equals_uninterrupted,
+    batch_of,
+    disturb,
+    examples,
+    longest_moves,
+)
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from test_adapter import batch_of, disturb, examples
 from torch import Tensor
 from transformers import AutoModel, CLIPVisionModel, Dinov2Config, Dinov2Model, ViTImageProcessorPil
 
@@ -74,15 +80,9 @@ def test_a_fresh_adapter_changes_no_bit_and_a_trained_one_does(
 
 def test_bridge_and_adapter_train_and_nothing_else_does(adapted: Assembled, batch: Batch) -> None:
     """Every part of the adapter has a gradient: the layer that is not read (the tower's layer is -2) has none of it."""
-    model = adapted.model
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(trained(adapted), lr=1e-2)
-    language_loss(model, batch)[0].backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters(model.vision))
-    optimizer.step()
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {n for n in before if n.startswith("bridge.") or ".lora_" in n}
-    assert len(moved) == len(trained(adapted))
+    moved = assert_bridge_and_adapter_train(adapted, batch)
+    gradients = [p.grad for p in adapter.parameters(adapted.model.vision)]
+    assert all(gradient is not None and gradient.any() for gradient in gradients)
     assert {n.split(".layers.")[1].split(".")[0] for n in moved if ".lora_" in n} == {"0", "1"}
     each = LORA.rank * ((16 + 16) + (32 + 16))  # of a layer: beside q_proj, and beside fc2
     assert f"), vision adapter ({2 * each:,})   frozen: " in counts(adapted)
@@ -116,12 +116,7 @@ def test_only_the_adapters_dropout_wakes(asked: Recipe, pictures: list[Image.Ima
 
 @pytest.mark.slow
 def test_it_is_loaded_with_the_checkpoint_in_a_fresh_process(adapted: Assembled, batch: Batch) -> None:
-    folder = Path(adapted.recipe.output)
-    save_checkpoint(folder, adapted)
-    with torch.no_grad():
-        expected = target_nll(adapted.model, batch)
-    torch.testing.assert_close(said_afresh(folder, batch), expected, atol=1e-6, rtol=1e-6)
-    assert asdict(load(folder).recipe) == asdict(adapted.recipe)
+    folder = assert_a_fresh_process_reads_it_alike(adapted, batch)
     assert all(".lora_" in name for name in load_file(folder / WEIGHTS))
     number = sum(p.numel() for p in trained(adapted))
     assert f"and LoRA on the vision model, {number:,} trained parameters" in (folder / CARD).read_text()
@@ -198,27 +193,7 @@ def run(asked: Recipe, captions: Path) -> Recipe:
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(run: Recipe, tmp_path: Path) -> None:
-    whole = train(replace(run, output=str(tmp_path / "whole")))
-    first = replace(run, output=str(tmp_path / "cut"))
-    from bridges.training import loop
-
-    class Stopped(Exception):
-        pass
-
-    saved = loop.save_run
-
-    def stop(*arguments: Any) -> None:
-        saved(*arguments)
-        raise Stopped
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "save_run", stop)
-        with pytest.raises(Stopped):
-            train(first)
-    cut = train(deepcopy(first), resume=True)
-    for name in ("bridge.safetensors", *adapter.WEIGHTS.values()):
-        one, other = load_file(whole / name), load_file(cut / name)
-        assert all(torch.equal(tensor, other[key]) for key, tensor in one.items()), name
+    first = assert_resumed_equals_uninterrupted(run, tmp_path)
     first.vision.lora = replace(LORA, rank=8)
     with pytest.raises(ValueError, match=r"was trained with vision.lora.rank 4, the recipe says 8; resume needs"):
         train(first, resume=True)
@@ -229,13 +204,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run: Recipe, tmp_path: Path) 
 
 def test_each_adapter_has_its_own_learning_rate(run: Recipe) -> None:
     """The first step of Adam is as long as its rate, in every place that has a gradient."""
-    run.train = replace(run.train, steps=1)
-    before = build(run)
-    after = load(train(run)).model
-    moved = {
-        name: float((p - q).detach().abs().max())
-        for (name, p), q in zip(before.model.named_parameters(), after.parameters(), strict=True)
-    }
+    moved = longest_moves(run)
     for part, rate in {"bridge.": 1e-2, "language.": 2e-3, "vision.": 1e-3}.items():
         longest = max(m for n, m in moved.items() if n.startswith(part) and ("lora_B" in n or part == "bridge."))
         assert longest == pytest.approx(rate, rel=1e-2), part

@@ -18,6 +18,7 @@ from bridges.sight import Sight
 from bridges.towers.attention import is_plain, take_short
 from bridges.towers.beginning import Followers, KeysValues, read_apart
 from bridges.towers.bundled import quiet_transformers, resolve
+from bridges.towers.frozen import wake
 from bridges.towers.precision import fastest_dtype
 from bridges.towers.quantized import Bits, quantize
 
@@ -93,9 +94,7 @@ class LanguageTower(nn.Module):
         super().train(False)
         for layer in self.quantized:
             layer.training = True  # asleep, bitsandbytes packs it for some CPUs in a way that passes no gradient
-        for layer in self.adapters:
-            layer.training = mode
-            layer.lora_dropout.train(mode)
+        wake(self.adapters, mode)
         return self
 
     def default_dtype(self) -> torch.dtype:

@@ -29,6 +29,7 @@ from transformers.image_processing_backends import PilBackend
 from bridges.towers import efficientnet
 from bridges.towers.bundled import quiet_transformers, resolve
 from bridges.towers.framing import ImageMode, Tiler, framed
+from bridges.towers.frozen import wake
 from bridges.towers.precision import fastest_dtype
 
 # encoders that AutoModel does not give: EVA-CLIP's ViT-g as BLIP-2 and InstructBLIP carry it
@@ -101,9 +102,7 @@ class VisionTower(nn.Module):
     def train(self, mode: bool = True) -> "VisionTower":
         """Frozen is frozen: neither dropout nor BatchNorm wakes, but for the dropout of the adapter."""
         super().train(False)
-        for layer in self.adapters:
-            layer.training = mode
-            layer.lora_dropout.train(mode)
+        wake(self.adapters, mode)
         return self
 
     def tile(self, most: int | None) -> None:

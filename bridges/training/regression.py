@@ -30,7 +30,8 @@ TOGETHER, FEWEST = 32, 20
 
 def start_at_words(stage: Stage, data: MapStyle[Example], console: Console) -> None:
     """Fit the last layer of a fresh bridge to `train.regression` examples, those with a single picture. A tenth is held
-    out: where nothing of that is explained, or there are fewer than 20, the bridge stays as it is.
+    out: where nothing of that is explained, all texts have the same words, or there are fewer than 20, the bridge stays
+    as it is.
 
     Raises ValueError where there is no such layer, or another start.
     """
@@ -50,7 +51,14 @@ def start_at_words(stage: Stage, data: MapStyle[Example], console: Console) -> N
     if len(texts) < FEWEST:
         console.print(f"regression: {len(texts)} examples with one picture are too few; the bridge starts at random")
         return
-    explained = fit(last, seen, meant(built, texts), slots, SIZE * built.model.language.embedding_rms())
+    wanted = meant(built, texts)
+    if not wanted.any():  # a word in every text tells nothing about a picture, so it counts for nothing
+        console.print(
+            f"regression: all {len(texts)} texts have the same words, and from equal texts there is nothing to learn; "
+            "the bridge starts at random"
+        )
+        return
+    explained = fit(last, seen, wanted, slots, SIZE * built.model.language.embedding_rms())
     console.print(
         f"regression on {len(texts)} pictures: explains {explained:.2f} of the words about pictures held out (0: their "
         f"mean); the bridge starts {'there' if explained > 0 else 'at random'}",
@@ -110,7 +118,7 @@ def fit(
     """Set a layer by the regression of `wanted` on `seen`, scaled so that of `slots` it makes some of root mean square
     `size`. Nothing is set where it explains nothing (R² below 0) of every tenth row, which it does not learn from.
 
-    Returns R² of these rows.
+    Returns R² of these rows; there is none (nan) of rows of `wanted` that are all the same.
     """
     held = torch.arange(len(seen)) % 10 == 0
     middle, mean = seen[~held].mean(0), wanted[~held].mean(0)

@@ -12,10 +12,10 @@ import torch
 
 from bridges.adapter import KEYS
 from bridges.build import Built, loras, towers_of
-from bridges.checkpoint import plain, save_checkpoint
+from bridges.checkpoint import load_trained, plain, save_checkpoint
 from bridges.config import Lora, Recipe
 from bridges.files import finish, replacing, write
-from bridges.saved import check_towers, load_adapter, load_weights, read_config
+from bridges.saved import check_towers, read_config
 from bridges.training.display import METRICS
 from bridges.training.engine import Engine, Moments
 
@@ -77,9 +77,7 @@ def restore(built: Built, sizes: Sequence[tuple[str, int]]) -> tuple[int, Moment
             raise ValueError(
                 f"{output} was trained with {was} examples of {name}, now there are {size}; resume needs the same"
             )
-    load_weights(built.model.bridge, output)
-    for kind in loras(built.recipe):
-        load_adapter(towers_of(built)[kind], output)
+    load_trained(built, output)
     return state["step"], state["optimizer"]
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import open_gates
 from PIL import Image
 from rich.console import Console
-from torch import nn
 
 from bridges.benchmark.fewshot import fewshot
 from bridges.benchmark.naive import from_cache, row_by_row
@@ -29,9 +29,7 @@ LABELS = [" cat", " cat above the house", " dog", " small bird", " small birds"]
 def model(request: pytest.FixtureRequest, recipe: Recipe) -> Assembled:
     recipe.bridge = request.param
     assembled = build(recipe)
-    for name, parameter in assembled.model.bridge.named_parameters():
-        if name.endswith("_gate"):
-            nn.init.constant_(parameter, 0.8)
+    open_gates(assembled.model.bridge, 0.8)
     return assembled
 
 

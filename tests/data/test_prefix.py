@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import chatml_tokenizer, t5_tokenizer
+from conftest import captioned, chatml_tokenizer, t5_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -77,10 +77,7 @@ def test_tokens_of_both_parts_are_those_of_the_caption(template: str) -> None:
 
 
 def test_captions_are_split_where_they_are_trained_on_and_whole_where_they_are_held_out(tmp_path: Path) -> None:
-    for number in range(4):
-        PICTURE.save(tmp_path / f"{number}.png")
-    lines = [f"{number}.png,{CAPTION}\n" for number in range(4)]
-    (tmp_path / "metadata.csv").write_text("file_name,caption\n" + "".join(lines))
+    captioned(tmp_path, [CAPTION] * 4, [PICTURE] * 4)
     data = Data(source=str(tmp_path), prompts=[""], prefix=True)
     train, held_out = open_split(data, "train"), open_split(data, "val")
     assert len(train) == 3

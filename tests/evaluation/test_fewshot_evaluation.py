@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import open_gates
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
 
 from bridges.build import Assembled, build
 from bridges.checkpoint import save_checkpoint
@@ -139,9 +139,7 @@ def test_every_choice_answers_every_query_as_a_prompt_read_alone(
 ) -> None:
     recipe.bridge = bridge
     assembled = build(recipe)
-    for name, parameter in assembled.model.bridge.named_parameters():
-        if name.endswith("_gate"):
-            nn.init.constant_(parameter, 0.8)
+    open_gates(assembled.model.bridge, 0.8)
     one = bench(assembled, rows, choose=choose, seeds=1)
     asked: list[int] = []
     for shots in (0, 2):

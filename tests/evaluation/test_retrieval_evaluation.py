@@ -8,8 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import randomise
-from PIL import Image
+from conftest import captioned, randomise
 from rich.console import Console
 from torch import Tensor
 
@@ -113,14 +112,7 @@ def test_the_cost_is_that_of_a_query() -> None:
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Pictures of noise with captions, of which two are equal."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "mine").mkdir()
-    noise = np.random.default_rng(0)
-    rows = ["file_name,caption"]
-    for i, word in enumerate(WORDS):
-        Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "mine" / f"{i}.png")
-        rows.append(f"{i}.png,A {'cat' if i == 1 else word}.")
-    (tmp_path / "mine" / "metadata.csv").write_text("\n".join(rows))
-    return tmp_path / "mine"
+    return captioned(tmp_path / "mine", [f"A {'cat' if i == 1 else word}." for i, word in enumerate(WORDS)])
 
 
 def trained(clip: Path, bert: Path, data: Path, output: Path, *objectives: str) -> Path:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import captioned
 from PIL import Image
 
 from bridges.build import Assembled
@@ -104,12 +105,7 @@ def test_the_table_has_every_metric_with_its_baselines() -> None:
 @pytest.fixture
 def on_captions(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """The tiny checkpoint, its recipe pointed at a folder of a user's own pictures."""
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    noise = np.random.default_rng(0)
-    for i in range(40):
-        Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    (folder / "metadata.csv").write_text("file_name,caption\n" + "\n".join(f"{i}.png,A cat." for i in range(40)))
+    folder = captioned(tmp_path / "mine", ["A cat."] * 40)
     config = (tiny_checkpoint / "config.yaml").read_text().replace("source: scenes", f"source: {folder}")
     (tiny_checkpoint / "config.yaml").write_text(config)
     return tiny_checkpoint

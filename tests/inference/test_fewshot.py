@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import chatml_tokenizer, randomise, tiny_encoder_decoder, tiny_language
+from conftest import chatml_tokenizer, open_gates, randomise, tiny_encoder_decoder, tiny_language
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from bridges.build import Assembled, build
@@ -38,9 +38,7 @@ def opened(recipe: Recipe, **bridge: Any) -> Assembled:
     """A model whose gates let its pictures through."""
     recipe.bridge = bridge
     assembled = build(recipe)
-    for name, parameter in assembled.model.bridge.named_parameters():
-        if name.endswith("_gate"):
-            nn.init.constant_(parameter, 0.8)
+    open_gates(assembled.model.bridge, 0.8)
     return assembled
 
 

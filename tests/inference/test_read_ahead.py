@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import CHATML, randomise, tiny_language
+from conftest import CHATML, open_gates, randomise, tiny_language
 from PIL import Image
 
 from bridges.base import bridge_names
@@ -76,10 +75,7 @@ def model(request: pytest.FixtureRequest, built: Assembled) -> Assembled:
     """Every weight of the bridge counts; the gates of Flamingo's are open."""
     assembled = build(replace(built.recipe, bridge={"name": request.param, **SMALL[request.param]}))
     randomise(assembled.model.bridge)
-    with torch.no_grad():
-        for name, parameter in assembled.model.bridge.named_parameters():
-            if name.endswith("_gate"):
-                parameter.fill_(0.6)
+    open_gates(assembled.model.bridge, 0.6)
     return assembled
 
 

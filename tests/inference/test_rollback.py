@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise, tiny_language
+from conftest import open_gates, randomise, tiny_language
 from PIL import Image
 from torch import Tensor
 
@@ -64,10 +64,7 @@ def model(request: pytest.FixtureRequest, built: Assembled, tiny_bert_folder: Pa
     words = {"words": str(tiny_bert_folder)} if "reads" in request.param else {}
     assembled = build(replace(built.recipe, bridge={**request.param, **words}))
     randomise(assembled.model.bridge)
-    with torch.no_grad():
-        for name, parameter in assembled.model.bridge.named_parameters():
-            if name.endswith("_gate"):
-                parameter.fill_(0.6)
+    open_gates(assembled.model.bridge, 0.6)
     return speaks_words(assembled)
 
 

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomise, t5_tokenizer, tiny_encoder_decoder, tiny_language, tiny_recipe, tiny_vision
+from conftest import captioned, randomise, t5_tokenizer, tiny_encoder_decoder, tiny_language, tiny_recipe, tiny_vision
 from PIL import Image
 from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration, T5ForConditionalGeneration
@@ -296,15 +295,8 @@ def test_targets_are_the_tokens_that_t5_itself_has_for_the_answer(template: str,
 @pytest.fixture
 def captions(tmp_path: Path) -> Path:
     """Eight pictures in a folder with their captions."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    noise = np.random.default_rng(0)
-    lines = ["file_name,caption"]
-    for i in range(8):
-        Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        lines.append(f"{i}.png,There is a {('cat', 'dog', 'tree')[i % 3]} on the left of the red house.")
-    (folder / "metadata.csv").write_text("\n".join(lines))
-    return folder
+    words = [("cat", "dog", "tree")[i % 3] for i in range(8)]
+    return captioned(tmp_path / "pictures", [f"There is a {word} on the left of the red house." for word in words])
 
 
 @pytest.fixture(params=["t5", "opt"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import captioned
 from PIL import Image
 
 from bridges.build import build
@@ -89,12 +90,9 @@ def test_each_tile_takes_the_slots_of_an_image_and_texts_share_them(tiled: Recip
 
 
 def test_a_trained_checkpoint_cuts_pictures_as_in_training(tiled: Recipe, tmp_path: Path) -> None:
-    (tmp_path / "d").mkdir()
-    for number in range(8):
-        panorama(40 + number).save(tmp_path / f"d/{number}.png")
-    lines = [f"{number}.png,A cat number {number}." for number in range(8)]
-    (tmp_path / "d/metadata.csv").write_text("\n".join(["file_name,caption", *lines]))
-    tiled.data.source = str(tmp_path / "d")
+    numbers = range(8)
+    pictures = [panorama(40 + number) for number in numbers]
+    tiled.data.source = str(captioned(tmp_path / "d", [f"A cat number {number}." for number in numbers], pictures))
     made = load(train(tiled))
     assert made.recipe.vision.tiles == 4
     turns = [Turn("user", [panorama(), "What is it?"])]

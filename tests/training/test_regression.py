@@ -1,20 +1,22 @@
 """Beginning at the words that are said about pictures."""
 
 import io
+import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from commands import stop_at
+from conftest import captioned
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
 from bridges.config import Recipe
-from bridges.data.conversation import Conversation, Example, Turn, ask
+from bridges.data.conversation import Conversation, Example, Turn, ask, images_of
 from bridges.training.loop import train
 from bridges.training.regression import RIDGE, SIZE, fit, start_at_words
 from bridges.training.stage import Stage, open_stage
@@ -40,6 +42,12 @@ def begun(recipe: Recipe, data: list[Example]) -> tuple[Stage, str]:
     stage = open_stage(recipe)
     start_at_words(stage, data, Console(file=told, width=1000))
     return stage, told.getvalue()
+
+
+def assert_as_it_was(stage: Stage, recipe: Recipe) -> None:
+    """Its bridge has the weights of a fresh one."""
+    for name, tensor in open_stage(recipe).built.model.bridge.state_dict().items():
+        assert torch.equal(tensor, stage.built.model.bridge.state_dict()[name])
 
 
 @pytest.fixture
@@ -83,8 +91,21 @@ def test_slots_mean_the_words_and_are_of_the_size_that_is_heard(started: Recipe,
 def test_what_pictures_do_not_tell_leaves_the_bridge_as_it_was(started: Recipe) -> None:
     stage, told = begun(started, coloured(200, right=False))
     assert "at random" in told
-    for name, tensor in open_stage(replace(started)).built.model.bridge.state_dict().items():
-        assert torch.equal(tensor, stage.built.model.bridge.state_dict()[name])
+    assert_as_it_was(stage, started)
+
+
+@pytest.mark.parametrize(
+    "texts", [["A cat."], [""], ["A cat A dog", "A dog A cat"]], ids=["equal", "empty", "reordered"]
+)
+def test_from_equal_texts_nothing_is_learnt_and_one_line_says_so(started: Recipe, texts: list[str]) -> None:
+    pictures = [images_of(example.conversations[0].turns)[0] for example in coloured(60)]
+    said = zip(pictures, itertools.cycle(texts), strict=False)
+    stage, told = begun(started, [Example([ask("What is it?", text, picture)]) for picture, text in said])
+    assert told == (
+        "regression: all 60 texts have the same words, and from equal texts there is nothing to learn; the bridge "
+        "starts at random\n"
+    )
+    assert_as_it_was(stage, started)
 
 
 def test_pictures_are_those_of_examples_that_have_one(started: Recipe) -> None:
@@ -98,15 +119,9 @@ def test_pictures_are_those_of_examples_that_have_one(started: Recipe) -> None:
 @pytest.fixture
 def run(started: Recipe, tmp_path: Path) -> Recipe:
     """Forty pictures in a folder, and four steps."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    lines = ["file_name,caption"]
-    for number, example in enumerate(coloured(45)):
-        asked, answer = example.conversations[0].turns
-        cast(Image.Image, asked.content[0]).save(folder / f"{number}.png")
-        lines.append(f"{number}.png,{answer.content[0]}")
-    (folder / "metadata.csv").write_text("\n".join(lines))
-    started.data.source = str(folder)
+    talks = [example.conversations[0].turns for example in coloured(45)]
+    texts, pictures = [str(said.content[0]) for _, said in talks], [images_of(turns)[0] for turns in talks]
+    started.data.source = str(captioned(tmp_path / "pictures", texts, pictures))
     started.train = replace(started.train, steps=4, batch=4, save_every=2, log_every=1, regression=40)
     return started
 
