@@ -124,7 +124,7 @@ def fit(
     middle, mean = seen[~held].mean(0), wanted[~held].mean(0)
     known, said = seen[~held] - middle, wanted[~held] - mean
     products = known.T @ known
-    products.diagonal().add_(RIDGE * products.diagonal().mean())
+    products.diagonal().add_(RIDGE * products.diagonal().mean() + 1e-12)  # where all pictures are the same
     weight = torch.linalg.solve(products, known.T @ said)
     missed = (wanted[held] - mean - (seen[held] - middle) @ weight).square().sum()
     explained = 1 - float(missed / (wanted[held] - mean).square().sum())

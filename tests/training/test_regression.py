@@ -94,6 +94,14 @@ def test_what_pictures_do_not_tell_leaves_the_bridge_as_it_was(started: Recipe) 
     assert_as_it_was(stage, started)
 
 
+def test_from_equal_pictures_nothing_is_learnt(started: Recipe) -> None:
+    picture = Image.new("RGB", (32, 32), "red")
+    said = [str(example.conversations[0].turns[1].content[0]) for example in coloured(60)]
+    stage, told = begun(started, [Example([ask("What is it?", text, picture)]) for text in said])
+    assert "at random" in told
+    assert_as_it_was(stage, started)
+
+
 @pytest.mark.parametrize(
     "texts", [["A cat."], [""], ["A cat A dog", "A dog A cat"]], ids=["equal", "empty", "reordered"]
 )
