@@ -1,7 +1,10 @@
-"""What wakes in a frozen tower: nothing but its adapter."""
+"""Of frozen towers: how their weights are told from others', and what wakes in them: nothing but an adapter."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
+
+from torch import nn
 
 
 def wake(adapters: Sequence[Any], mode: bool) -> None:
@@ -9,3 +12,12 @@ def wake(adapters: Sequence[Any], mode: bool) -> None:
     for layer in adapters:
         layer.training = mode
         layer.lora_dropout.train(mode)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Twelve hex digits of a strided sample of every tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        sample = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64].bfloat16().float()
+        digest.update(f"{name}{tuple(tensor.shape)}{sample.tolist()}".encode())
+    return digest.hexdigest()[:12]

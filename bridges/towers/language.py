@@ -1,8 +1,7 @@
 """The frozen language model: any causal LLM of transformers, fed with embeddings, asked for a few logits."""
 
-import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from bridges.sight import Sight
 from bridges.towers.attention import is_plain, take_short
 from bridges.towers.beginning import Followers, KeysValues, read_apart
 from bridges.towers.bundled import quiet_transformers, resolve
-from bridges.towers.frozen import wake
+from bridges.towers.frozen import fingerprint, wake
 from bridges.towers.precision import fastest_dtype
 from bridges.towers.quantized import Bits, quantize
 
@@ -77,6 +76,9 @@ class LanguageTower(nn.Module):
         self.layers = decoder_layers(self.model, self.num_layers)
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True)
+        last: Any = getattr(self.layers[-1], "mlp", None) if self.layers else None
+        if last is not None and len(inspect.signature(last.forward).parameters) == 1:
+            last.forward = partial(self._of_few, last.forward)
 
     def checkpoint_gradients(self) -> None:
         """From now on the layers, and the blocks before them, are computed again in the backward pass.
@@ -159,6 +161,20 @@ class LanguageTower(nn.Module):
     def _select_rows(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:  # noqa: ARG002
         return None if self._rows is None else (args[0][self._rows][None],)
 
+    def _of_few(self, mlp: Callable[[Tensor], Any], hidden: Float[Tensor, "b t d"]) -> Any:
+        """The last layer's own work on each position, at those alone whose logits are wanted: the others' go nowhere.
+
+        Zero at the others. All is computed where it is computed again in the backward pass, and of experts.
+        """
+        if self._rows is None or not len(self._rows[0]) or self.gradient_checkpointing:
+            return mlp(hidden)
+        wanted = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        wanted[self._rows] = True  # each once: texts that share a beginning all begin after the same position
+        found = mlp(hidden[wanted][None])
+        if not torch.is_tensor(found):
+            return mlp(hidden)
+        return found.new_zeros(hidden.shape).masked_scatter(wanted[..., None], found)
+
     def _before_layer(self, index: int, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let the block that stands before a layer change what enters it. Families pass it by place or by name."""
         if self._sight is None:
@@ -194,15 +210,6 @@ class LanguageTower(nn.Module):
     def decode(self, ids: Sequence[int]) -> str:
         """The words of some ids, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Twelve hex digits of a strided sample of every tensor."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        sample = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64].bfloat16().float()
-        digest.update(f"{name}{tuple(tensor.shape)}{sample.tolist()}".encode())
-    return digest.hexdigest()[:12]
 
 
 def decoder_layers(model: nn.Module, number: int) -> list[nn.Module]:

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, MptConfig
 
-from bridges.towers.language import LanguageTower, fingerprint
+from bridges.towers.frozen import fingerprint
+from bridges.towers.language import LanguageTower
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,21 @@ def test_gradients_pass_through_and_none_stays_behind(family: LanguageTower, ids
     assert embeds.grad is not None
     assert embeds.grad[0].abs().min() > 0
     assert all(not p.requires_grad and p.grad is None for p in family.parameters())
+
+
+def test_gradients_are_those_of_the_whole_model_also_where_a_position_is_chosen_twice(
+    family: LanguageTower, ids: Tensor
+) -> None:
+    at = (torch.tensor([0, 1, 1, 1]), torch.tensor([3, 5, 5, 11]))
+    worth = torch.randn(4, family.model.config.vocab_size)
+    few, whole = (family.embed(ids).clone().requires_grad_() for _ in range(2))
+    (family(few, torch.ones_like(ids), positions(ids), at) * worth).sum().backward()
+    given = {"position_ids": positions(ids)} if family.takes_positions else {}
+    (
+        family.model(inputs_embeds=whole, attention_mask=torch.ones_like(ids), **given).logits[at] * worth
+    ).sum().backward()
+    assert few.grad is not None
+    torch.testing.assert_close(few.grad, whole.grad, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
