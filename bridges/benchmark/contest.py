@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bridges.benchmark.parts import Parts, wait
 from bridges.config import Recipe
 from bridges.data.conversation import Example
 from bridges.data.pictures import MapStyle, SkipBroken
@@ -65,13 +66,14 @@ class Ready:
 @dataclass(frozen=True)
 class Lap:
     """Some steps: seconds a step on the wall and of all cores, targets a step, the last one's loss, and after it that
-    of held-out pictures, where there are any."""
+    of held-out pictures, where there are any. Of the first lap also the `parts` of its seconds, as shares."""
 
     seconds: float
     cpu: float
     targets: float
     loss: float
     held_out: float = nan
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Racer:
     process: Any
     told: Ready | None = None
     apart: tuple[float, float] = (0.0, 0.0)
+    parts: dict[str, float] = field(default_factory=dict)
     laps: list[Lap] = field(default_factory=list)
     memory: int = 0
     absent: str = ""
@@ -144,19 +147,20 @@ def ready(
 
 
 class Clock:
-    """Of one lap."""
+    """Of one lap, and of the parts of its steps as long as these are on."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
         self.wall, self.cpu, self.targets, self.steps, self.loss = perf_counter(), process_time(), 0, 0, 0.0
 
     def tick(self, loss: float, targets: int) -> None:
         self.steps, self.loss, self.targets = self.steps + 1, loss, self.targets + targets
 
     def lap(self) -> Lap:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        wait()
         wall, cpu = perf_counter() - self.wall, process_time() - self.cpu
-        return Lap(wall / self.steps, cpu / self.steps, self.targets / self.steps, self.loss)
+        lap = Lap(wall / self.steps, cpu / self.steps, self.targets / self.steps, self.loss)
+        return replace(lap, parts=self.parts.shares(wall)) if self.parts.on else lap
 
 
 def peak_memory() -> int:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from bridges.benchmark.contest import FIRST, Clock, Size, Task, examples, held_out, ready
 from bridges.benchmark.multiplications import counted
+from bridges.benchmark.parts import Parts
 from bridges.benchmark.techniques import settle
 from bridges.data.batch import Batch
 from bridges.data.conversation import Example
@@ -50,11 +51,15 @@ def run(pipe: Connection, task: Task, name: str) -> None:
     size = Size(targets, first.batches[0].input_ids.numel(), flops)
     pipe.send(ready(task, name, loss / targets, size, named, ahead))
     engine.optimizer.zero_grad()
+    parts = Parts()
+    parts.watch("vision", model.vision)
+    parts.watch("forward", model)
+    parts.watch("backward", engine, "backward")
 
     with ThreadPoolExecutor(1) as pool:
         step, coming = 0, pool.submit(prepared, 0)
         while count := pipe.recv():
-            clock = Clock()
+            clock = Clock(parts)
             for _ in range(count):
                 shares, step = coming.result(), step + 1
                 coming = pool.submit(prepared, step % task.steps)

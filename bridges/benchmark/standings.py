@@ -66,13 +66,14 @@ def table(racers: Sequence[Racer], task: Task, rounds: int, steps: int) -> Table
         f"targets in the first; first loss {told.loss:.5f}"
     )
     best = peak(fastest_device(), fastest_dtype())
-    heads = ("samples/s", "targets/s", "s a step", "cpu s", "tokens", "GFLOP", "of peak", "peak GB", "gradient off")
+    heads = ("samples/s", "targets/s", "s a step", "cpu s", "see / forward / back", "tokens", "GFLOP", "of peak")
+    heads += ("peak GB", "gradient off")
     shown = Table(
         "", *heads, "ours is", "plain", title=title, caption=f"peak: a large product, {best / 1e9:.0f} GFLOP/s"
     )
     for racer in racers:
         if racer.absent or racer.told is None:
-            shown.add_row(what(racer, task), f"takes no part: {racer.absent}", *[""] * 10)
+            shown.add_row(what(racer, task), f"takes no part: {racer.absent}", *[""] * 11)
             continue
         seconds = [lap.seconds for lap in racer.laps]
         middle = median(seconds)
@@ -83,6 +84,7 @@ def table(racers: Sequence[Racer], task: Task, rounds: int, steps: int) -> Table
             f"{median(lap.targets for lap in racer.laps) / middle:.1f}",
             f"{middle:.2f}",
             f"{median(lap.cpu for lap in racer.laps):.2f}",
+            " / ".join(f"{racer.parts.get(part, 0.0):.0%}" for part in ("vision", "forward", "backward")),
             str(size.tokens),
             f"{size.flops / 1e9:.0f}",
             f"{size.flops / middle / best:.0%}",
@@ -120,6 +122,7 @@ def write_standings(path: Path, racers: Sequence[Racer], task: Task, rounds: int
                 "loss apart": racer.apart[0],
                 "gradient apart": racer.apart[1],
                 "size": racer.told and asdict(racer.told.size),
+                "parts": racer.parts,
                 "peak bytes": racer.memory,
                 "times slower than ours": times_faster(racers[0], racer) if racer.laps else [],
                 "laps": [asdict(lap) for lap in racer.laps],

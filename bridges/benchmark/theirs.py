@@ -22,6 +22,7 @@ from transformers import (
 
 from bridges.benchmark.contest import FIRST, Clock, Lap, Size, Task, examples, held_out, ready
 from bridges.benchmark.multiplications import counted
+from bridges.benchmark.parts import Parts
 from bridges.benchmark.peers import PEERS
 from bridges.build import build_bridge, vision_tower
 from bridges.data.batch import shorten
@@ -72,12 +73,12 @@ class Gate(TrainerCallback):
     """Lets the Trainer go on for as many steps as are asked for, and tells how long they took; `look` is taken then."""
 
     def __init__(self, pipe: Connection, look: Callable[[Lap], Lap]) -> None:
-        self.pipe, self.look, self.left, self.clock = pipe, look, 0, Clock()
-        self.loss, self.targets = 0.0, 0
+        self.pipe, self.look, self.left, self.parts = pipe, look, 0, Parts()
+        self.clock, self.loss, self.targets = Clock(self.parts), 0.0, 0
 
     def wait(self, control: TrainerControl) -> None:
         self.left = self.pipe.recv()
-        self.clock = Clock()
+        self.clock = Clock(self.parts)
         control.should_training_stop = not self.left
 
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
@@ -132,6 +133,9 @@ def run(pipe: Connection, task: Task, name: str) -> None:
     gradient = {ours: given(model.get_parameter(theirs).grad, ours) for ours, theirs in names.items()}
     pipe.send(ready(task, name, float(loss), Size(targets, batch["input_ids"].numel(), flops), gradient))
     model.zero_grad()
+    gate.parts.watch("vision", vision)
+    gate.parts.watch("forward", model)
+    gate.parts.watch("backward", trainer.accelerator, "backward")
     trainer.train()
 
 

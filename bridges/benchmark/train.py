@@ -136,7 +136,7 @@ def running(racers: Sequence[Racer]) -> list[Racer]:
 def race(racers: Sequence[Racer], rounds: int, steps: int) -> None:
     """Round after round, each in its turn; then what each needed of memory."""
     for racer in running(racers):
-        lap(racer, WARM)
+        racer.parts = lap(racer, WARM).parts
     for _ in range(rounds):
         for racer in running(racers):
             racer.laps.append(lap(racer, steps))

@@ -14,8 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SHORT = "short"  # what transformers calls this attention
-MOST = 2**17
-"""Scores of the heads that share keys, in one row: half a core's cache. With more of them the kernel is as fast."""
+MOST = 2**18
+"""Scores of the heads that share keys, in one row: a core's cache. With more of them the kernel is as fast."""
 
 
 def is_plain(model: Any) -> bool:

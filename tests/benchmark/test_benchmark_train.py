@@ -80,6 +80,12 @@ def test_every_peer_takes_the_same_steps(taken: Any, bridge: dict[str, Any]) -> 
         assert abs(ours_lap.loss - their_lap.loss) < 1e-3
         assert ours_lap.targets == their_lap.targets
         assert ours_lap.seconds > 0
+    for first, later in (my_laps, its_laps):
+        assert 0.2 < sum(first.parts.values()) <= 1
+        assert min(first.parts["forward"], first.parts["backward"]) > 0
+        assert not later.parts
+    assert "vision" not in my_laps[0].parts, "features were kept"
+    assert its_laps[0].parts["vision"] > 0
 
 
 def test_trl_takes_the_same_first_step(taken: Any) -> None:
@@ -170,6 +176,8 @@ def test_the_command_prints_a_table_and_names_who_is_absent(
     kept = json.loads(figures.read_text())["contestants"]
     assert len(kept["tuned"]["laps"]) == len(kept["ours"]["laps"]) == 3
     assert kept["tuned"]["gradient apart"] < 1e-4
+    assert kept["tuned"]["size"]["flops"] > kept["ours"]["size"]["flops"] > 0
+    assert set(kept["tuned"]["parts"]) == {"vision", "forward", "backward"}
     assert kept["ours"]["peak bytes"] > 1e8
 
 
