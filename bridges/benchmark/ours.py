@@ -38,7 +38,8 @@ def run(pipe: Connection, task: Task, name: str) -> None:
         save_file(model.bridge.state_dict(), task.folder / FIRST)
     engine = open_engine(accelerator, model, adam(model, recipe), None)
     steps = examples(task)
-    ahead = encoded(stage.store, steps) if stage.store is not None else (0.0, 0)
+    # towards a loss every picture is encoded when it comes, in the time that counts; rounds are those of later epochs
+    ahead = encoded(stage.store, steps) if stage.store is not None and not task.held else (0.0, 0)
     held = [stage.batch(some) for some in held_out(task)]
 
     def prepared(step: int) -> list[Share]:

@@ -33,8 +33,8 @@ def train_until(
 ) -> list[Racer]:
     """Print, and return, how long the contestants take to this loss (nats a target) of the recipe's held-out pictures.
 
-    It is measured after every so many steps; that time does not count, but that of encoding ahead does. They take
-    turns, as far as the recipe's steps go. Raises ValueError as `train`.
+    It is measured after every so many steps; that time does not count, but that of encoding pictures, and of keeping
+    what is seen, does. They take turns, as far as the recipe's steps go. Raises ValueError as `train`.
     """
     read = read_recipe(recipe)
     names = named(contestant or USUAL, steps, texts, read)
@@ -62,17 +62,14 @@ def train_until(
 
 
 def seconds(racer: Racer, steps: int) -> float:
-    """Of training so far, with what was encoded ahead."""
-    assert racer.told is not None
-    return racer.told.ahead + sum(lap.seconds * steps for lap in racer.laps)
+    """Of training so far."""
+    return sum(lap.seconds * steps for lap in racer.laps)
 
 
 def figures(racer: Racer, loss: float, steps: int) -> dict[str, Any]:
-    assert racer.told is not None
     return {
         "reached": bool(racer.laps) and racer.laps[-1].held_out <= loss,
         "seconds": seconds(racer, steps),
-        "encoding ahead": racer.told.ahead,
         "laps": [asdict(lap) for lap in racer.laps],
     }
 
@@ -84,17 +81,16 @@ def table(racers: Sequence[Racer], task: Task, loss: float, steps: int) -> Table
         f"to a loss of {loss:g} nats a target of {task.held} held-out pictures, looked at after every {steps} steps; "
         f"{settings.batch} pictures x {task.texts} texts a step"
     )
-    shown = Table("", "seconds", "of them encoding", "steps", "loss then", "ours is", title=title)
+    shown = Table("", "seconds", "steps", "loss then", "ours is", title=title)
     first = seconds(racers[0], steps)
     for racer in racers:
         if racer.absent or racer.told is None:
-            shown.add_row(what(racer, task), f"takes no part: {racer.absent}", *[""] * 4)
+            shown.add_row(what(racer, task), f"takes no part: {racer.absent}", *[""] * 3)
             continue
         reached = racer.laps[-1].held_out <= loss
         shown.add_row(
             what(racer, task),
             f"{seconds(racer, steps):.1f}" + ("" if reached else ", not reached"),
-            f"{racer.told.ahead:.1f}",
             str(steps * len(racer.laps)),
             f"{racer.laps[-1].held_out:.4f}",
             f"{seconds(racer, steps) / first:.2f}x" if reached and racer is not racers[0] else "",
