@@ -106,7 +106,9 @@ def test_a_peer_in_bfloat16_is_nearly_the_same(taken: Any, bridge: dict[str, Any
     assert 0 < distance(load_file(its.gradient), load_file(mine.gradient)) < 0.1
 
 
-@pytest.mark.parametrize("bridge", [PROJECTOR, FLAMINGO], ids=lambda bridge: bridge["name"])
+@pytest.mark.parametrize(
+    "bridge", [PROJECTOR, pytest.param(FLAMINGO, marks=pytest.mark.slow)], ids=lambda bridge: bridge["name"]
+)
 def test_each_technique_off_or_alone_computes_the_same(
     taken: Any, bridge: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
