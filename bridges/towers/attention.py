@@ -1,4 +1,4 @@
-"""Attention over few positions on a CPU: plain products, which there take half as long as the fused kernel.
+"""Attention over few positions on a CPU: plain products, which there are done sooner than the fused kernel.
 
 Heads that share keys are one product, so that keys and values are not copied for each of them.
 """
@@ -53,12 +53,17 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query = rearrange(query * scale, "b (g r) t c -> b g (r t) c", g=groups)
-    scores = rearrange(query @ key.mT, "b g (r t) a -> b g r t a", t=new)
-    mask = rearrange(attention_mask, "b one t a -> b one 1 t a")
+    weights = weights_under(attention_mask, query @ key.mT)
+    return rearrange(weights @ value, "b g (r t) c -> b t (g r) c", t=new), None
+
+
+def weights_under(mask: Tensor, scores: Float[Tensor, "b g n a"]) -> Float[Tensor, "b g n a"]:
+    """Softmax of scores under a mask `b 1 t a`, as in `attend`; n are the t positions of each head that shares keys."""
+    scores = rearrange(scores, "b g (r t) a -> b g r t a", t=mask.shape[2])
+    mask = rearrange(mask, "b one t a -> b one 1 t a")
     blocked = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~mask, blocked) if mask.dtype == torch.bool else scores + mask
-    weights = rearrange(scores.softmax(-1), "b g r t a -> b g (r t) a")
-    return rearrange(weights @ value, "b g (r t) c -> b t (g r) c", t=new), None
+    return rearrange(scores.softmax(-1), "b g r t a -> b g (r t) a")
 
 
 AttentionInterface.register(SHORT, attend)

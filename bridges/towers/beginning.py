@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
@@ -91,7 +91,7 @@ def attend(
     """
     whole_key: Any = key
     keys, values = before = whole_key.before
-    rows, heads, new, _ = query.shape
+    rows, _, new, _ = query.shape
     groups, shared = key.shape[1], keys.shape[2]
     if new > FEW:
         told = whole(before, (key, value))
@@ -100,11 +100,8 @@ def attend(
     query = rearrange(query * scale, "b (g r) t c -> b g (r t) c", g=groups)
     scores = rearrange(rearrange(query, "b g n c -> g (b n) c") @ keys[0].mT, "g (b n) p -> b g n p", b=rows)
     scores = torch.cat([scores, query @ key.mT], dim=-1).float()
-    if attention_mask is not None:
-        mask = repeat(attention_mask, "b 1 t a -> b 1 (r t) a", r=heads // groups)
-        blocked = torch.finfo(torch.float32).min
-        scores = scores.masked_fill_(~mask, blocked) if mask.dtype == torch.bool else scores.add_(mask)
-    weights = scores.softmax(-1).to(value.dtype)
+    weights = scores.softmax(-1) if attention_mask is None else attention.weights_under(attention_mask, scores)
+    weights = weights.to(value.dtype)
     told = rearrange(weights[..., :shared], "b g n p -> g (b n) p") @ values[0]
     told = rearrange(told, "g (b n) c -> b g n c", b=rows) + weights[..., shared:] @ value
     return rearrange(told, "b g (r t) c -> b t (g r) c", t=new), None
