@@ -24,7 +24,7 @@ def test_attention_on_a_cpu_is_counted() -> None:
     assert flops == 2 * once + 5 * once  # scores and their sum of values; backward, scores again
 
 
-def test_a_product_is_twice_its_multiplications_and_no_rate_is_above_the_peak() -> None:
+def test_a_product_is_twice_its_multiplications_and_the_peak_is_a_rate() -> None:
     left, right = torch.ones(32, 48), torch.ones(48, 64)
     found, flops = counted(lambda: left @ right)
     assert flops == 2 * 32 * 48 * 64
