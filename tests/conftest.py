@@ -126,14 +126,6 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def open_gates(bridge: nn.Module, value: float) -> None:
-    """What stands behind a gate that is shut has no part in any result."""
-    with torch.no_grad():
-        for name, parameter in bridge.named_parameters():
-            if name.endswith("_gate"):
-                parameter.fill_(value)
-
-
 def tiny_language(family: str, folder: Path, seed: int = 0, **options: Any) -> Path:
     """A language model of one of FAMILIES, with a ChatML tokenizer, in a folder."""
     tokenizer = chatml_tokenizer()

@@ -18,7 +18,6 @@ from adapting import (
     examples,
     longest_moves,
 )
-from conftest import open_gates
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -26,6 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bridges import adapter
+from bridges.benchmark.ours import open_gates
 from bridges.build import Assembled, build, trained
 from bridges.checkpoint import CARD, load, save_checkpoint
 from bridges.config import Lora, Recipe

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES, open_gates, tiny_recipe
+from conftest import SENTENCES, tiny_recipe
 from PIL import Image
 from torch import Tensor
 
+from bridges.benchmark.ours import open_gates
 from bridges.build import Assembled, build
 from bridges.data.batch import Batch, Row, collate, rows_of
 from bridges.data.conversation import Conversation, Example, Turn, images_of

@@ -33,7 +33,7 @@ def run(pipe: Connection, task: Task, name: str) -> None:
     settle(stage, name)
     accelerator = open_accelerator(recipe)
     model: Any = stage.built.model.to(accelerator.device).train()
-    open_gates(model.bridge)
+    open_gates(model.bridge, 0.5)
     if name == "ours":
         save_file(model.bridge.state_dict(), task.folder / FIRST)
     engine = open_engine(accelerator, model, adam(model, recipe), None)
@@ -45,13 +45,7 @@ def run(pipe: Connection, task: Task, name: str) -> None:
     def prepared(step: int) -> list[Share]:
         return [Share(recipe.data.source, 1.0, [stage.batch(steps[step])])]
 
-    first = prepared(0)[0]
-    (loss, targets, _), flops = counted(lambda: backward(engine, first, stage.loss, last=True))
-    gradient = {key: p.grad for key, p in engine.trained().items() if p.grad is not None}
-    named = {key.removeprefix("bridge."): g for key, g in gradient.items()}
-    size = Size(targets, first.batches[0].input_ids.numel(), flops)
-    pipe.send(ready(task, name, loss / targets, size, named, ahead))
-    engine.optimizer.zero_grad()
+    pipe.send(ready(task, name, *first_step(engine, prepared(0)[0], stage.loss), ahead))
     parts = Parts()
     parts.watch("vision", model.vision)
     parts.watch("forward", model)
@@ -71,6 +65,14 @@ def run(pipe: Connection, task: Task, name: str) -> None:
             pipe.send(replace(lap, held_out=loss_of(engine, held, stage.loss)) if held else lap)
 
 
+def first_step(engine: Engine, share: Share, loss: Loss) -> tuple[float, Size, dict[str, torch.Tensor]]:
+    """Mean loss, size, and gradients by the bridge's own names, of a step that changes nothing."""
+    (total, targets, _), flops = counted(lambda: backward(engine, share, loss, last=True))
+    found = {key.removeprefix("bridge."): p.grad for key, p in engine.trained().items() if p.grad is not None}
+    engine.optimizer.zero_grad()
+    return total / targets, Size(targets, share.batches[0].input_ids.numel(), flops), found
+
+
 def encoded(store: Store, steps: Sequence[Sequence[Example]]) -> tuple[float, int]:
     """Keep all pictures of some steps; the seconds that it takes, and how many they are."""
     every = list({id(example): example for step in steps for example in step}.values())
@@ -88,9 +90,9 @@ def loss_of(engine: Engine, batches: Sequence[Batch], loss: Loss) -> float:
     return total / sum(batch.num_targets for batch in batches)
 
 
-def open_gates(bridge: torch.nn.Module) -> None:
-    """A block whose gate is shut gives its weights no gradient that could be compared."""
+def open_gates(bridge: torch.nn.Module, value: float) -> None:
+    """What stands behind a gate that is shut has no part in any result, and no gradient that could be compared."""
     with torch.no_grad():
         for key, parameter in bridge.named_parameters():
             if key.endswith("_gate"):
-                parameter.fill_(0.5)
+                parameter.fill_(value)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import open_gates
 from PIL import Image
 from rich.console import Console
 
 from bridges.benchmark.fewshot import fewshot
 from bridges.benchmark.naive import from_cache, row_by_row
+from bridges.benchmark.ours import open_gates
 from bridges.benchmark.score import score
 from bridges.build import Assembled, build
 from bridges.checkpoint import save_checkpoint

@@ -52,7 +52,7 @@ def losses(task: Task, steps: list[list[Example]], name: str) -> list[float]:
     stage = language_stage(task.recipe)
     settle(stage, name)
     model: Any = stage.built.model.train()
-    open_gates(model.bridge)
+    open_gates(model.bridge, 0.5)
     model.double()
     engine = Engine(Accelerator(cpu=True), model, adam(model, task.recipe))
     shares = ([Share("scenes", 1.0, [stage.batch(some)])] for some in steps)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import open_gates
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
+from bridges.benchmark.ours import open_gates
 from bridges.build import Assembled, build
 from bridges.checkpoint import save_checkpoint
 from bridges.cli import main

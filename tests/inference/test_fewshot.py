@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import chatml_tokenizer, open_gates, randomise, tiny_encoder_decoder, tiny_language
+from conftest import chatml_tokenizer, randomise, tiny_encoder_decoder, tiny_language
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig
 
+from bridges.benchmark.ours import open_gates
 from bridges.build import Assembled, build
 from bridges.config import Recipe
 from bridges.data.template import IMAGE_TOKEN_ID

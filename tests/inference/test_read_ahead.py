@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATML, open_gates, randomise, tiny_language
+from conftest import CHATML, randomise, tiny_language
 from PIL import Image
 
 from bridges.base import bridge_names
+from bridges.benchmark.ours import open_gates
 from bridges.build import Assembled, build
 from bridges.config import Recipe
 from bridges.data.conversation import Turn

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import open_gates, randomise, tiny_language
+from conftest import randomise, tiny_language
 from PIL import Image
 from torch import Tensor
 
 from bridges import adapter
 from bridges.base import bridge_names
+from bridges.benchmark.ours import open_gates
 from bridges.build import Assembled, build
 from bridges.checkpoint import load, save_checkpoint
 from bridges.config import Lora, Recipe
