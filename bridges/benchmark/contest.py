@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from math import nan
 from multiprocessing.connection import Connection
 from pathlib import Path
+from random import Random
 from time import perf_counter, process_time
 from typing import Any
 
@@ -27,7 +28,8 @@ FIRST = "bridge.safetensors"
 
 @dataclass(frozen=True)
 class Task:
-    """The recipe, `texts` of every picture, how many `steps` there may be, and a `folder` for the first weights.
+    """The recipe, `texts` of every picture drawn of all that it has, how many `steps` there may be, and a `folder` for
+    the first weights.
 
     After every lap the loss of so many `held` out pictures is measured, outside of what is timed.
     """
@@ -99,7 +101,7 @@ class Racer:
 
 
 def examples(task: Task) -> list[list[Example]]:
-    """The pictures of every step with the first `texts` of their texts, in the order in which training takes them.
+    """The pictures of every step with `texts` of their texts, in the order in which training takes them.
 
     Raises ValueError for a picture with fewer.
     """
@@ -118,18 +120,18 @@ def held_out(task: Task) -> list[list[Example]]:
 
 def opened(task: Task, split: str) -> MapStyle[Example]:
     data = task.recipe.data
-    if data.source == "scenes":  # as many captions as are asked for
-        data = replace(data, captions=task.texts, questions=0.0)
+    if data.source == "scenes":  # enough of each to draw from, in the recipe's proportion
+        data = replace(data, captions=data.captions * task.texts, questions=data.questions * task.texts)
     return SkipBroken(open_split(data, split))
 
 
 def some(rows: MapStyle[Example], index: int, task: Task) -> Example:
-    """Of one picture as many texts as are asked for. Raises ValueError where it has fewer."""
-    found = Example(rows[index].conversations[: task.texts])
-    if len(found.conversations) < task.texts:
-        source, there = task.recipe.data.source, len(found.conversations)
-        raise ValueError(f"{source} has a picture with {there} texts; ask for no more with --texts")
-    return found
+    """Of one picture as many texts as are asked for, drawn alike for all. Raises ValueError where it has fewer."""
+    there = rows[index].conversations
+    if len(there) < task.texts:
+        source = task.recipe.data.source
+        raise ValueError(f"{source} has a picture with {len(there)} texts; ask for no more with --texts")
+    return Example(Random(f"texts {index}").sample(there, task.texts))
 
 
 def ready(

@@ -13,6 +13,7 @@ def benchmark(
     vision: str | None = None,
     language: str | None = None,
     batch: int | None = None,
+    questions: float | None = None,
     until: float | None = None,
     image: list[str] = [],
     task: Literal["caption", "vqa", "classify"] = "caption",
@@ -33,7 +34,7 @@ def benchmark(
             others the folder of a checkpoint
         rounds: how often each way is timed
         steps: of train, how many in a round
-        texts: of train, of every picture
+        texts: of train, of every picture, drawn of its captions and questions
         contestant: of train, tuned, default (both by default), trl; or ours without one technique (no-), with one alone
             (only-), or with none (plain): no-cache, no-prefix, no-sharing, no-lines, no-logits, no-graph; give the
             option again for more
@@ -41,6 +42,7 @@ def benchmark(
             vit-l, vit-l-336
         language: of train, another language model, or a shape: llama-1b, llama-7b
         batch: of train and growth, pictures a step; of growth 2 by default
+        questions: of train, of scenes, for each caption, instead of the recipe's; 0 for captions alone
         until: of train, held-out loss (nats a target) up to which all train, instead of rounds; it is looked at after
             every so many steps, outside of what is timed
         image: of chat, a picture of the conversation; give the option twice, or not at all
@@ -62,9 +64,9 @@ def benchmark(
         from bridges.benchmark.until import train_until
 
         if until is not None:
-            train_until(subject, until, steps, texts, contestant, vision, language, batch, json)
+            train_until(subject, until, steps, texts, contestant, vision, language, batch, questions, json)
             return
-        train(subject, rounds, steps, texts, contestant, vision, language, batch, json)
+        train(subject, rounds, steps, texts, contestant, vision, language, batch, questions, json)
         return
     from bridges.benchmark.chat import chat
     from bridges.benchmark.fewshot import fewshot

@@ -43,6 +43,7 @@ def train(
     vision: str | None = None,
     language: str | None = None,
     batch: int | None = None,
+    questions: float | None = None,
     json: str | None = None,
     console: Console | None = None,
 ) -> list[Racer]:
@@ -56,7 +57,7 @@ def train(
     names = named(contestant or USUAL, steps, texts, read)
     told = console or Console()
     with TemporaryDirectory() as folder:
-        read = settled(read, vision, language, batch, Path(folder))
+        read = settled(read, vision, language, batch, questions, Path(folder))
         task = Task(read, texts, steps=WARM + 1 + rounds * steps, folder=Path(folder))
         with contest(task, names) as racers:
             race(racers, rounds, steps)
@@ -79,8 +80,17 @@ def named(contestant: Sequence[str], steps: int, texts: int, recipe: Recipe) -> 
     return ["ours", *(name for name in contestant if name != "ours")]
 
 
-def settled(recipe: Recipe, vision: str | None, language: str | None, batch: int | None, folder: Path) -> Recipe:
-    """With other towers, or batch; those that only have a shape are made up in `folder`."""
+def settled(
+    recipe: Recipe,
+    vision: str | None,
+    language: str | None,
+    batch: int | None,
+    questions: float | None,
+    folder: Path,
+) -> Recipe:
+    """With other towers, batch, or share of questions; towers that only have a shape are made up in `folder`."""
+    if questions is not None:
+        recipe = replace(recipe, data=replace(recipe.data, questions=questions))
     if batch is not None:
         recipe = replace(recipe, train=replace(recipe.train, batch=batch))
     recipe = replace(recipe, output=str(folder / "run"), train=replace(recipe.train, micro_batch=None))

@@ -28,6 +28,7 @@ def train_until(
     vision: str | None = None,
     language: str | None = None,
     batch: int | None = None,
+    questions: float | None = None,
     json: str | None = None,
     console: Console | None = None,
 ) -> list[Racer]:
@@ -40,7 +41,7 @@ def train_until(
     names = named(contestant or USUAL, steps, texts, read)
     told = console or Console()
     with TemporaryDirectory() as folder:
-        read = settled(read, vision, language, batch, Path(folder))
+        read = settled(read, vision, language, batch, questions, Path(folder))
         if steps > read.train.steps:
             raise ValueError(f"a look after {steps} steps, and train.steps is {read.train.steps}; look earlier")
         task = Task(read, texts, read.train.steps, Path(folder), read.train.evaluate_size)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from bridges import model as splice
 from bridges.benchmark import ours, theirs
 from bridges.benchmark import train as contest
-from bridges.benchmark.contest import FIRST, Lap, Racer, Ready, Task
+from bridges.benchmark.contest import FIRST, Lap, Racer, Ready, Task, examples
 from bridges.benchmark.techniques import OURS, TECHNIQUES, left_out
-from bridges.benchmark.train import compare, distance
+from bridges.benchmark.train import compare, distance, settled
 from bridges.cli import main
 from bridges.recipe import recipe_from
 
@@ -126,6 +126,16 @@ def test_each_technique_off_or_alone_computes_the_same(
     assert {name for name, ready in told.items() if ready.pictures} == {"ours", "only-cache"} | {
         f"no-{technique}" for technique in TECHNIQUES if technique != "cache"
     }
+
+
+def test_texts_are_drawn_of_captions_and_questions_as_the_recipe_has_them(given: Any, tmp_path: Path) -> None:
+    recipe = recipe_from(given(PROJECTOR) | {"data": {"source": "scenes", "size": 200}})
+    for questions, least, most in ((2.0, 0.25, 0.45), (0.0, 1.0, 1.0)):
+        settled_to = settled(recipe, None, None, 50, questions, tmp_path)
+        steps = examples(Task(settled_to, 3, 2, tmp_path))
+        kinds = [talk.kind for step in steps for example in step for talk in example.conversations]
+        assert len(kinds) == 2 * 50 * 3
+        assert least <= sum(kind in ("caption", "chat") for kind in kinds) / len(kinds) <= most
 
 
 def test_a_contestant_does_without_what_its_name_says() -> None:

@@ -58,5 +58,5 @@ def test_shapes_are_as_large_as_their_names_say(name: str, billions: tuple[float
 
 def test_other_towers_than_the_recipes_take_part(tiny_clip: Path, tiny_llama: Path, tmp_path: Path) -> None:
     given = {"output": "runs/x", "vision": {"name": "a"}, "language": {"name": "b"}, "bridge": {"name": "projector"}}
-    recipe = settled(recipe_from(given), str(tiny_clip), str(tiny_llama), 3, tmp_path)
+    recipe = settled(recipe_from(given), str(tiny_clip), str(tiny_llama), 3, None, tmp_path)
     assert (recipe.vision.name, recipe.language.name, recipe.train.batch) == (str(tiny_clip), str(tiny_llama), 3)
