@@ -59,7 +59,7 @@ class Bridge(nn.Module):
 
     @property
     def last(self) -> nn.Linear | None:
-        """The linear layer whose outputs are the slots, where they are: `train.regression` can set it."""
+        """The linear layer whose outputs are the slots, or the memory: `train.regression` can set it."""
         return None
 
     def shape(self) -> str:

@@ -130,8 +130,8 @@ class Train:
     clip: float = 1.0
     """Greatest norm of the gradient."""
     regression: int = 0
-    """Examples on which a projector is fitted, in seconds, to the words said about each picture, before the first
-    step; 0: it starts at random."""
+    """Examples on which a projector, or a flamingo with `words`, is fitted, in seconds, to the words said about each
+    picture, before the first step; 0: it starts at random."""
     seed: int = 0
     """Of the bridge's first weights and of the order of the data."""
     evaluate_every: int = 100

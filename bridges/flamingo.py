@@ -4,7 +4,7 @@ Flamingo (arXiv 2204.14198, section 2.2 and figure 4), OpenFlamingo (2308.01390)
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from einops import repeat
@@ -24,6 +24,8 @@ class Flamingo(Bridge):
 
     resampler:  `latents`, `depth` (0: none, the blocks read the features themselves), `resampler_heads` of
                 `resampler_head_dim`, `multiple`, `activation`, `frames`
+    words:      what the blocks read is mapped to the language model's width, where `train.regression` can begin, and
+                what a fresh block looks at it passes on as it is: then it is words that the gates let through
     blocks:     `every`, `offset` (0: before layers 0, every, …; OpenFlamingo: every - 1), `heads` of `head_dim`,
                 `inner` width of their feed-forward (by default 4 x the language model's), `swiglu`, `norm: rms` and
                 `qk_norm` as in IDEFICS
@@ -51,6 +53,7 @@ class Flamingo(Bridge):
         multiple: int = 4,
         activation: Activation = "gelu",
         frames: int = 0,
+        words: bool = False,
         every: int = 1,
         offset: int = 0,
         heads: int = 8,
@@ -85,10 +88,19 @@ class Flamingo(Bridge):
             if depth
             else nn.LayerNorm(vision_dim)
         )
+        self.words = nn.Linear(vision_dim, language_dim) if words else None
+        memory_dim = language_dim if words else vision_dim
         made: Callable[[], GatedBlock] = lambda: GatedBlock(  # noqa: E731
-            language_dim, vision_dim, heads, head_dim, inner, activation, swiglu, norm, qk_norm, gate, gate_speed
+            language_dim, memory_dim, heads, head_dim, inner, activation, swiglu, norm, qk_norm, gate, gate_speed
         )
         self.blocks = nn.ModuleDict({str(place): made() for place in places})
+        if words and gate != "none":
+            for block in self.blocks.values():
+                cast(GatedBlock, block).pass_on()
+
+    @property
+    def last(self) -> nn.Linear | None:
+        return self.words
 
     def match_scale(self, embedding_rms: float) -> None:
         self.tag.data *= embedding_rms
@@ -102,6 +114,7 @@ class Flamingo(Bridge):
 
     def forward(self, features: Float[Tensor, "n p v"]) -> Visual:
         memory = self.perceiver(features)
+        memory = memory if self.words is None else self.words(memory)
         return Visual(repeat(self.tag, "k d -> n k d", n=len(memory)), memory)
 
 
@@ -139,6 +152,12 @@ class GatedBlock(nn.Module):
         else:
             size = width if gate == "vector" else 1
             self.attention_gate, self.feed_gate = (nn.Parameter(torch.zeros(size)) for _ in range(2))
+
+    @torch.no_grad()
+    def pass_on(self) -> None:
+        """Begin as if what is seen were added as it is, or as much of it as the heads together are wide."""
+        nn.init.orthogonal_(self.attention.value.weight)
+        self.attention.out.weight.copy_(self.attention.value.weight.T)
 
     def keys_values(self, memory: Float[Tensor, "n m v"]) -> KeysValues:
         """Of each picture, for any number of texts and tokens."""

@@ -59,7 +59,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
             "tag": "learnt",
             "activation": "relu",
         },
-        {**LATENTS, **FUSED, "depth": 0},
+        {**LATENTS, **FUSED, "depth": 0, "words": True},
         {**LATENTS, **FUSED, "gate": "none", "swiglu": True, "norm": "rms", "qk_norm": True, "inner": 24},
     ],
 }

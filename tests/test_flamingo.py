@@ -386,6 +386,21 @@ def test_a_faster_gate_opens_as_many_times_as_far_in_a_step():
     torch.testing.assert_close(moved[1], 5 * moved[0], atol=1e-6, rtol=1e-2)
 
 
+def test_words_are_what_an_open_gate_adds() -> None:
+    """Where all patches are the same, wherever it looks, a fresh block adds that patch, mapped to words."""
+    bridge = Flamingo(V, P, D, 2, depth=0, words=True, heads=2, head_dim=D // 2, inner=4)
+    block: Any = bridge.blocks["0"]
+    with torch.no_grad():
+        block.attention_gate.fill_(50.0)
+    features, hidden = drawn(1, 1, V).expand(1, P, V), drawn(1, 4, D)
+    memory = bridge(features).memory
+    assert memory is not None
+    assert bridge.last is bridge.words is not None
+    torch.testing.assert_close(memory, bridge.words(nn.functional.layer_norm(features, [V])))
+    seen = block(hidden, block.keys_values(memory), torch.ones(1, 1, 4, P, dtype=torch.bool))
+    torch.testing.assert_close(seen - hidden, memory[:, :1].expand(1, 4, D), atol=1e-5, rtol=0)
+
+
 def test_gates_are_watched_from_closed_to_open() -> None:
     sizes: dict[str, Any] = dict(latents=M, depth=1, resampler_heads=2, resampler_head_dim=8, heads=2, head_dim=8)
     bridge = Flamingo(V, P, D, 4, every=2, gate_speed=5.0, **sizes)

@@ -1,8 +1,9 @@
-"""A projection may begin where a regression ends: at the words that are said about each picture, before any step.
+"""A bridge may begin where a regression ends: at the words that are said about each picture, before any step.
 
-Ridge regression (Hoerl and Kennard 1970) in closed form: the slots of a picture are, on average, the embeddings of its
-words, of which each counts for as much as it tells (its inverse document frequency). The language model knows what to
-make of words; what is left to the steps is how to say them so that it listens.
+Ridge regression (Hoerl and Kennard 1970) in closed form: the slots of a picture, or what blocks read of it (its memory,
+here slots too), are, on average, the embeddings of its words, of which each counts for as much as it tells (its inverse
+document frequency). The language model knows what to make of words; what is left to the steps is how to say them so
+that it listens.
 """
 
 from collections.abc import Sequence

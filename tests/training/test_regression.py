@@ -3,6 +3,7 @@
 import io
 import itertools
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ def begun(recipe: Recipe, data: list[Example]) -> tuple[Stage, str]:
     return stage, told.getvalue()
 
 
+def told_of(model: Any, pictures: list[Image.Image]) -> torch.Tensor:
+    """Their slots, or what blocks read of them."""
+    visual = model.bridge(model.vision(model.vision.preprocess(pictures)))
+    return visual.slots if visual.memory is None else visual.memory
+
+
 def assert_as_it_was(stage: Stage, recipe: Recipe) -> None:
     """Its bridge has the weights of a fresh one."""
     for name, tensor in open_stage(recipe).built.model.bridge.state_dict().items():
@@ -72,19 +79,30 @@ def test_the_layer_is_that_of_ridge_regression() -> None:
     assert 0.8 < explained < 1
 
 
-@pytest.mark.parametrize("options", [{}, {"depth": 2}, {"merge": "average", "factor": 2, "norm": True}])
-def test_slots_mean_the_words_and_are_of_the_size_that_is_heard(started: Recipe, options: dict[str, Any]) -> None:
-    started.bridge = {"name": "projector", **options}
+@pytest.mark.parametrize(
+    "bridge",
+    [
+        {"name": "projector"},
+        {"name": "projector", "depth": 2},
+        {"name": "projector", "merge": "average", "factor": 2, "norm": True},
+        {"name": "flamingo", "depth": 0, "words": True},
+        {"name": "flamingo", "depth": 1, "latents": 4, "words": True},
+    ],
+    ids=lambda bridge: " ".join(map(str, bridge.values())),
+)
+def test_pictures_mean_the_words_and_are_of_the_size_that_is_heard(started: Recipe, bridge: dict[str, Any]) -> None:
+    started.bridge = bridge
     stage, told = begun(started, coloured(200))
     assert "the bridge starts there" in told
     built: Any = stage.built
     model, tokenizer = built.model, built.template.tokenizer
-    slots = model.bridge(model.vision(model.vision.preprocess([Image.new("RGB", (32, 32), COLOURS["dog"])]))).slots
+    seen = partial(told_of, model)
+    slots = seen([Image.new("RGB", (32, 32), COLOURS["dog"])])
     ids = [tokenizer(f" {name}")["input_ids"][-1:] for name in COLOURS]
     each = model.language.embed(torch.tensor(ids))[:, 0] @ slots.mean((0, 1))
     assert each.argmax() == list(COLOURS).index("dog")
     every = [example.conversations[0].turns[0].content[0] for example in coloured(200)]
-    size = model.bridge(model.vision(model.vision.preprocess(every))).slots.square().mean().sqrt()
+    size = seen(every).square().mean().sqrt()
     assert size.item() == pytest.approx(SIZE * model.language.embedding_rms(), rel=0.5)
 
 
