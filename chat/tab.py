@@ -80,9 +80,9 @@ def undo(tab: Tab) -> Shown:
 
 
 def clear(tab: Tab) -> Shown:
-    """Forget what was said."""
+    """Forget what was said, but not what is being typed: another tab's answer may come before this."""
     tab.chat.session.clear()
-    return [], EMPTY, ""
+    return [], gr.skip(), ""
 
 
 def halt(tab: Tab) -> None:
