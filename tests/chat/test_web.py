@@ -155,7 +155,9 @@ def test_pictures_and_questions_are_answered_as_a_session_answers_them(
     assert said(page) == expected[:1]
     page.get_by_placeholder("Write a message").fill("Hello")
     page.get_by_role("button", name="Clear").click()
-    page.locator("#cost", has_text="known before").wait_for(state="hidden")  # the conversation goes, what is typed stays
+    page.locator("#cost", has_text="known before").wait_for(
+        state="hidden"
+    )  # the conversation goes, what is typed stays
     page.get_by_placeholder("Write a message").press("Enter")
     cost(page, " read, 0 known before")
     assert said(page) == said_by([["Hello"]], SHORT)
