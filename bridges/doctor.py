@@ -18,7 +18,7 @@ from rich.markup import escape
 from bridges import __version__
 from bridges.recipe import read_recipe
 from bridges.towers.parcels import cache_folder
-from bridges.towers.precision import fastest_dtype, has_bfloat16_instructions, seconds
+from bridges.towers.precision import CHOICE, fastest_dtype, has_bfloat16_instructions, seconds
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mm-bridges"
@@ -65,7 +65,8 @@ def machine() -> Iterator[Line]:
         yield "accelerator", device.type, True
     instructions = "has" if has_bfloat16_instructions() else "has no"
     raced = ", ".join(f"{str(d)[6:]} {seconds(d) * 1e3:.1f} ms" for d in (torch.float32, torch.bfloat16))
-    yield "precision", f"frozen towers in {str(fastest_dtype())[6:]}; the CPU {instructions} bfloat16 ({raced})", True
+    towers = str(fastest_dtype())[6:] + (f", as {CHOICE} says" if os.environ.get(CHOICE) else "")
+    yield "precision", f"frozen towers in {towers}; the CPU {instructions} bfloat16 ({raced})", True
 
 
 def packages() -> Iterator[Line]:

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from bridges.towers import precision
-from bridges.towers.precision import bfloat16_wins, fastest_dtype, has_bfloat16_instructions
+from bridges.towers.precision import CHOICE, NAMED, bfloat16_wins, fastest_dtype, has_bfloat16_instructions
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
+def _fresh(monkeypatch):
+    monkeypatch.delenv(CHOICE)
     fastest_dtype.cache_clear()
     yield
     fastest_dtype.cache_clear()
@@ -52,6 +53,19 @@ def test_the_race_is_run_once(monkeypatch):
 def test_a_gpu_takes_bfloat16_from_ampere_on(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert fastest_dtype(torch.device("cuda")) is expected
+
+
+@pytest.mark.parametrize(("name", "dtype"), NAMED.items())
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda")], ids=str)
+def test_the_environment_chooses_for_every_machine(monkeypatch, name, dtype, device):
+    monkeypatch.setenv(CHOICE, name)
+    assert fastest_dtype(device) is dtype
+
+
+def test_an_unknown_choice_is_told(monkeypatch):
+    monkeypatch.setenv(CHOICE, "fp32")
+    with pytest.raises(ValueError, match="BRIDGES_DTYPE is 'fp32'; it may be float32, bfloat16, float16, or not set"):
+        fastest_dtype(CPU)
 
 
 def test_without_a_device_it_is_this_machines(monkeypatch):
