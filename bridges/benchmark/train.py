@@ -27,9 +27,11 @@ from bridges.config import Recipe
 from bridges.recipe import read_recipe
 from bridges.towers.precision import fastest_dtype
 
-EXACT, ROUGH = (1e-4, 1e-4), (2e-2, 0.25)
+EXACT, ROUGH = (1e-4, 1e-4), (2e-2, 0.5)
 """How far first loss and gradient may be apart, relative to their size: in fp32, in bfloat16. Thirty layers in bfloat16
-round a gradient by a tenth and more (measured: 0.13, of a model that in fp32 is within 1e-5), which the table tells."""
+round the gradient of a fresh bridge by half of its size (measured: 0.49 from fp32's, whatever attention computes in;
+two contestants 0.13 and 0.28 apart that in fp32 are within 1e-5), which the table tells; `BRIDGES_DTYPE=float32` shows
+whether they are equal."""
 WARM = 1
 USUAL = ["tuned", "default"]
 

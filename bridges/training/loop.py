@@ -216,7 +216,7 @@ def adam(model: Any, recipe: Recipe) -> torch.optim.AdamW:
     for kind, lora in loras(recipe).items():
         own = replace(settings, lr=lora.lr or settings.lr)
         groups += parameter_groups(nn.ModuleList(getattr(model, kind).adapters), own)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
 
 def parameter_groups(part: nn.Module, settings: Train) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from bridges.build import Assembled, build
 from bridges.data.conversation import Turn
 from bridges.recipe import recipe_from
 from bridges.serve import app, body
+from bridges.serve.engine import Job
 
 
 @pytest.fixture(scope="module")
@@ -337,16 +338,31 @@ def test_who_hangs_up_in_the_queue_is_not_answered(built: Assembled, tokens: lis
     with serving(built, sessions=1) as served, served.client() as client:
         long: Any = client.chat.completions.create(model="tiny", messages=[user("Long.")], max_tokens=400, stream=True)  # pyright: ignore
         next(iter(long))
+        queued, noticed = kept_busy(served)
         host, port = served.url.removeprefix("http://").split(":")
         data = ask(messages=[{"role": "user", "content": "Yes. " * 50}])
         with socket.create_connection((host, int(port))) as line:
             line.sendall(
                 f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n{data}".encode()
             )
-            time.sleep(0.05)
+            while not queued:
+                time.sleep(0.001)
+        while not queued[0].stopped:
+            time.sleep(0.001)
+        noticed.set()
         list(long)
         streamed(client, [user("Short.")])
     assert max(tokens) < 40, "the one who hung up asked something longer"
+
+
+def kept_busy(served: Served) -> tuple[list[Job], Event]:
+    """Jobs that come from now on, and until when whoever is being answered gets no further token."""
+    queued: list[Job] = []
+    noticed, engine = Event(), served.engine
+    submit, go_on = engine.submit, engine._go_on
+    engine.submit = lambda job: (queued.append(job), submit(job))[1]
+    engine._go_on = lambda talk: (noticed.wait(30), go_on(talk))[1]
+    return queued, noticed
 
 
 def test_a_failure_of_the_model_is_told_and_the_server_lives_on(built: Assembled, client: OpenAI) -> None:

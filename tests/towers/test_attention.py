@@ -47,6 +47,18 @@ def test_it_is_sdpa_with_its_gradients(groups: int, kept: int, additive: bool) -
             torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-10)
 
 
+@pytest.mark.parametrize("additive", [True, False])
+def test_in_bfloat16_it_is_as_near_to_float32_as_the_kernel(additive: bool) -> None:
+    tensors, sees = given(40, 9, 2, torch.bfloat16), mask_of(40, 9)
+    lowest = torch.finfo(torch.bfloat16).min
+    mask = torch.zeros(sees.shape, dtype=torch.bfloat16).masked_fill_(~sees, lowest) if additive else sees
+    exact = with_gradients(sdpa_attention_forward, [t.detach().float().requires_grad_() for t in tensors], sees)
+    mine, its = (with_gradients(way, tensors, mask) for way in (attend, sdpa_attention_forward))
+    for one, other, true in zip(mine, its, exact, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one - true).norm() < 2 * (other - true).norm() < 0.05 * true.norm()
+
+
 def test_what_is_not_short_or_not_plain_is_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[str] = []
     monkeypatch.setattr(
@@ -55,12 +67,12 @@ def test_what_is_not_short_or_not_plain_is_left_to_sdpa(monkeypatch: pytest.Monk
         lambda *args, **more: (left.append("sdpa"), sdpa_attention_forward(*args, **more))[1],
     )
     by_heads = mask_of(4, 0).expand(ROWS, HEADS, 4, 4)
-    long = int((MOST // (HEADS // 2)) ** 0.5) + 1
+    long = int((MOST[torch.float32] // (HEADS // 2)) ** 0.5) + 1
     cases: list[tuple[list[Tensor], Tensor | None]] = [
         (given(4, 0, 2), None),
         (given(4, 0, 2), by_heads),
         (given(1, 4, 2), mask_of(1, 4)),
-        (given(4, 0, 2, torch.bfloat16), mask_of(4, 0)),
+        (given(4, 0, 2, torch.float16), mask_of(4, 0)),
         (given(long, 0, 2, torch.float32), mask_of(long, 0)),
     ]
     for count, (tensors, mask) in enumerate(cases, start=1):
