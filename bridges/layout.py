@@ -68,7 +68,7 @@ def needed(segments: Int[Tensor, "b t"], at: tuple[Int[Tensor, "s"], Int[Tensor,
 
 
 def in_lines(lengths: Sequence[int], dim: int, before: int = 0) -> Int[Tensor, "l w"]:
-    """Rows of these lengths, laid end to end in as many lines (1, 2, 4, …) as cost least; -1 is padding.
+    """Rows of these lengths, laid end to end in as many lines as cost least, with 1, 2, 3, … rows each; -1 is padding.
 
     Every token pays for the layers, in proportion to their width, and for each place of its line in the attention:
     as much as for a layer where the line is three times `dim` (measured). `before` more tokens will stand in front of
@@ -85,8 +85,8 @@ def in_lines(lengths: Sequence[int], dim: int, before: int = 0) -> Int[Tensor, "
         width = max(len(line) for line in lines) + before
         return len(lines) * width * (1 + width / (3 * dim))
 
-    starts = [0, *accumulate(lengths)]
-    best = min((lay(2**power) for power in range(len(lengths).bit_length())), key=cost)
+    starts, rows = [0, *accumulate(lengths)], len(lengths)
+    best = min((lay(count) for count in sorted({-(-rows // each) for each in range(1, rows + 1)})), key=cost)
     width = max(len(line) for line in best)
     return torch.tensor([line + [-1] * (width - len(line)) for line in best])
 

@@ -123,6 +123,7 @@ def test_rows_in_lines_lose_nothing_and_cost_little() -> None:
     assert 1 < len(index) < len(lengths)
     assert index.numel() < 1.1 * sum(lengths)
     assert len(in_lines([20, 18, 5], 10_000)) == 1, "a wide model hardly feels the attention"
+    assert in_lines([30] * 5, 1).shape == (5, 30), "side by side where attention is nearly all that is paid for"
     assert in_lines([7], 32).tolist() == [list(range(7))]
 
 
