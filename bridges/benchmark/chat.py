@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from bridges.benchmark.rounds import enough
+from bridges.benchmark.rounds import differ, enough
 from bridges.checkpoint import load
 from bridges.data.conversation import Turn
 from bridges.data.pictures import open_picture
@@ -38,13 +38,13 @@ def chat(
     types: that is not timed. `kept, not ahead` reads it with turn 4, as the server does; `afresh` encodes both pictures
     and reads everything. They take turns, after one round each that does not count. Pictures are in turns 1 and 2; the
     first three replies are the same for every model.
-    Raises ValueError for fewer than 3 rounds, not two pictures, or answers that are not the same.
+    Raises ValueError for fewer than 3 rounds, not two pictures, or answers that differ in float32.
     """
     enough(rounds)
     if len(image) not in (0, 2):
         raise ValueError(f"the conversation has two pictures, not {len(image)}")
     pictures = [open_picture(Path(path)) for path in image] or [noise(seed) for seed in (0, 1)]
-    session = Session(load(checkpoint))
+    told, session = console or Console(), Session(load(checkpoint))
     three_turns(session, pictures)
     encoded = session.looker.features.encoded
     last, before = Turn("user", [QUESTIONS[3]]), session.fork()
@@ -56,10 +56,9 @@ def chat(
     }
     said = {way: answer(begin(), last) for way, begin in ways.items()}
     if len(set(said.values())) > 1:
-        raise ValueError(f"the answers differ: {said}")
+        differ(f"the answers differ: {said}", session.assembled.model.language.dtype, told)
     seconds, read = timed(ways, last, rounds)
     again = session.looker.features.encoded - encoded
-    told = console or Console()
     told.print(table(seconds, read, {"kept": again, "kept, not ahead": again, "afresh": encoded}))
     medians = {way: median(times) for way, times in seconds.items()}
     sooner, plain = (medians["afresh"] / medians[way] for way in ("kept", "kept, not ahead"))

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from bridges.benchmark.naive import from_cache
-from bridges.benchmark.rounds import figures, in_turns, table
+from bridges.benchmark.rounds import differ, figures, in_turns, table
 from bridges.checkpoint import load
 from bridges.evaluation.fewshot_bench import Bench, Plan
 from bridges.evaluation.fewshot_tasks import Task, read_form
@@ -41,7 +41,7 @@ def fewshot(
     """Print, and return, the median seconds for all queries after fixed demonstrations, in each way of WHAT.
 
     As for `anew`, so does OpenFlamingo's evaluation. The ways take turns, after one query each that does not count.
-    Raises ValueError where they do not answer alike.
+    Raises ValueError where they do not answer alike in float32.
     """
     told = console or Console()
     assembled = load(checkpoint)
@@ -67,7 +67,8 @@ def fewshot(
     seconds = in_turns(timed, rounds)
     for way, answers in said.items():
         if any(one[""] != said["kept"][0][""] for one in answers):
-            raise ValueError(f"the answers differ: {way} does not answer as what is kept does")
+            why = f"the answers differ: {way} does not answer as what is kept does"
+            differ(why, assembled.model.language.dtype, told)
     rates = {way: f"{len(prompts) / found['median']:.2f}" for way, found in figures(seconds).items()}
     told.print(table(f"{task}, {shots} shots, {len(prompts)} queries", seconds, {"queries a second": rates}))
     for way in ways:

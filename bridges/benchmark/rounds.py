@@ -8,15 +8,25 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from bridges.files import write
+from bridges.towers.precision import CHOICE
 
 
 def enough(rounds: int) -> None:
     """ValueError for fewer than 3."""
     if rounds < 3:
         raise ValueError(f"{rounds} rounds say little; take at least 3")
+
+
+def differ(what: str, dtype: torch.dtype, console: Console) -> None:
+    """Ways that ought to be equal are not: ValueError in float32; in formats that round more it is told, no more."""
+    if dtype in (torch.float32, torch.float64):
+        raise ValueError(what)
+    rounds = f"{str(dtype).removeprefix('torch.')} rounds; {CHOICE}=float32 shows whether they are equal"
+    console.print(f"{what} ({rounds})", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from bridges.benchmark.fewshot import fewshot
 from bridges.benchmark.naive import from_cache, row_by_row
 from bridges.benchmark.ours import open_gates
+from bridges.benchmark.rounds import differ
 from bridges.benchmark.score import score
 from bridges.build import Assembled, build
 from bridges.checkpoint import save_checkpoint
@@ -88,6 +89,13 @@ def test_nothing_reused_encodes_and_reads_all_again_and_answers_alike(
     assert sum(encoded) == first + (4 + 3) + (ways - 1) * 3 * (4 + 1)
     assert found["kept"]["times"] == 1
     assert set(found) > {"kept", "anew"}
+
+
+def test_what_rounding_may_tell_apart_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    differ("the scores differ", torch.bfloat16, Console())
+    assert "the scores differ (bfloat16 rounds; BRIDGES_DTYPE=float32 shows" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"^the scores differ$"):
+        differ("the scores differ", torch.float32, Console())
 
 
 def test_answers_that_differ_are_not_timed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
