@@ -4,7 +4,7 @@ from typing import Literal
 
 
 def benchmark(
-    what: Literal["train", "growth", "chat", "fewshot", "score"],
+    what: Literal["train", "growth", "chat", "fewshot", "score", "retrieve"],
     subject: str,
     rounds: int = 3,
     steps: int = 4,
@@ -28,8 +28,8 @@ def benchmark(
 
     Args:
         what: train (against transformers' Llava, Blip2 or Idefics under HF's Trainer), chat (the fourth turn of a
-            conversation), fewshot (queries after demonstrations), score (40 labels), or growth (a step over slots,
-            texts, words, pictures and shots, beside what its multiplications foretell)
+            conversation), fewshot (queries after demonstrations), score (40 labels), retrieve (pictures by texts), or
+            growth (a step over slots, texts, words, pictures and shots, beside what its multiplications foretell)
         subject: of train and growth a recipe such as benchmark_llava, whose bridge decides which peer there is; of the
             others the folder of a checkpoint
         rounds: how often each way is timed
@@ -49,7 +49,7 @@ def benchmark(
         task: of fewshot, captions, questions (vqa), or labels by their likelihood (classify)
         kind: of fewshot, kind of the questions, such as background; of growth what grows, such as slots, by default all
         shots: of fewshot, how many demonstrations
-        queries: of fewshot, how many queries
+        queries: of fewshot and retrieve, how many queries
         context: of score, tokens before a label
         plot: of growth, the SVG to write
         json: file for the figures
@@ -70,6 +70,7 @@ def benchmark(
         return
     from bridges.benchmark.chat import chat
     from bridges.benchmark.fewshot import fewshot
+    from bridges.benchmark.retrieve import retrieve
     from bridges.benchmark.rounds import write_figures
     from bridges.benchmark.score import score
 
@@ -77,6 +78,8 @@ def benchmark(
         found = chat(subject, rounds, image)
     elif what == "fewshot":
         found = fewshot(subject, rounds, task, kind, shots, queries)
+    elif what == "retrieve":
+        found = retrieve(subject, rounds, queries)
     else:
         found = score(subject, rounds, context)
     write_figures(json, what, subject, found)

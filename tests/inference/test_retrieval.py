@@ -12,6 +12,7 @@ from conftest import randomise
 from PIL import Image
 from torch import Tensor
 
+from bridges.benchmark.retrieve import retrieve
 from bridges.build import Paired, build_pairs
 from bridges.checkpoint import save_checkpoint
 from bridges.cli import main
@@ -22,6 +23,7 @@ from bridges.layers import writing
 from bridges.objectives.captioning import write_logits
 from bridges.objectives.contrastive import embed_images, embed_texts
 from bridges.recipe import recipe_from
+from bridges.towers.vision import VisionTower
 
 K = 3  # queries
 TEXTS = ["A cat.", "There is a cat on the left of the red house, and a dog that looks at it.", "Two small birds", "no"]
@@ -66,6 +68,30 @@ def folder(pictures: list[Image.Image], tmp_path: Path) -> Path:
         picture.save(tmp_path / "mine" / name)
     (tmp_path / "mine" / "notes.txt").write_text("no picture")
     return tmp_path / "mine"
+
+
+def test_the_benchmark_looks_at_kept_pictures_once_and_at_unknown_ones_for_every_text(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looked: list[int] = []
+    look = VisionTower.forward
+    monkeypatch.setattr(VisionTower, "forward", lambda self, x: looked.append(len(x)) or look(self, x))
+    found = retrieve(str(checkpoint), rounds=3, queries=2, pictures=5)
+    assert sum(looked) == 5 + (1 + 3) * 2 * 5
+    assert found["kept"]["times"] == 1 < found["anew"]["times"]
+    assert "(by chance 0.200)" in capsys.readouterr().out
+    for wrong in (dict(rounds=2), dict(queries=6), dict(queries=0)):
+        with pytest.raises(ValueError, match=r"rounds|queries"):
+            retrieve(str(checkpoint), **{"pictures": 5, **wrong})
+
+
+def test_rankings_that_differ_are_not_timed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    see, seen = Retriever.see, []
+    monkeypatch.setattr(  # the first time, whose result is kept, in another order
+        Retriever, "see", lambda self, some: see(self, some if seen else seen.append(1) or list(reversed(some)))
+    )
+    with pytest.raises(ValueError, match="the rankings differ: anew"):
+        retrieve(str(checkpoint), queries=2, pictures=5)
 
 
 def broken_in(folder: Path) -> None:
